@@ -1,0 +1,90 @@
+package verify
+
+import (
+	"net"
+	"net/netip"
+	"time"
+
+	"deadlight/rules"
+)
+
+// Link is the interface a path leaves by, and the two Ethernet addresses on it.
+type Link struct {
+	Index    int    // of the vantage's interface
+	Name     string // of the vantage's interface
+	Src, Dst net.HardwareAddr
+}
+
+// CanaryKind is a packet that a living path answers.
+type CanaryKind uint8
+
+// The kinds of canary.
+const (
+	CanaryTCP  CanaryKind = iota // a SYN to a port the policy opens; SYN-ACK or RST answers
+	CanaryEcho                   // an ICMP echo request
+)
+
+// Canary is one kind of canary on a [Path].
+type Canary struct {
+	Kind CanaryKind
+	Port uint16 // of CanaryTCP
+}
+
+// Path is one source that looks at one address over one link, and what it asks
+// there. Its canaries prove that path and no other.
+type Path struct {
+	Link     Link
+	Src, Dst netip.Addr // of one family; Src need not be an address of this machine
+	TCP, UDP []uint16   // ports to probe, ascending, each once; nil to leave the protocol out
+	// SrcPort is the source port of the TCP probes and of the UDP probes of this
+	// path, constant for the whole run. No two paths of a run share one.
+	SrcPort  uint16
+	Canaries []Canary // in order of preference; empty: silence stays Unknown
+}
+
+// Config is what [Sweep] needs.
+type Config struct {
+	Paths []Path
+	// MissBound is the largest probability that any answer of a silent TCP port
+	// was missed, over the whole run; 0 means 1e-6.
+	MissBound float64
+	// MaxRate bounds the send rate in packets per second; 0 means none.
+	MaxRate int
+	// Progress, if not nil, is called from the sending goroutine some times a
+	// second with the probes sent so far and a current estimate of the total.
+	Progress func(sent, total uint64)
+}
+
+// Answer is the state of one port with its reason.
+type Answer struct {
+	State  State
+	Reason Reason
+}
+
+// PathResult is what one [Path] showed. TCP and UDP run parallel to the path's
+// lists of ports.
+type PathResult struct {
+	TCP, UDP []Answer
+	// From holds who answered, where it was not the probed address itself. The
+	// key is the protocol and the port.
+	From map[Target]netip.Addr
+	// Alive says that canaries answered throughout and after the last probe.
+	Alive                      bool
+	CanariesSent, CanariesLost int
+	// SentTCP and SentUDP count the probes put on the wire, repeats included.
+	SentTCP, SentUDP uint64
+}
+
+// Target is a port of a protocol.
+type Target struct {
+	Protocol rules.Protocol
+	Port     uint16
+}
+
+// Result is what a [Sweep] showed.
+type Result struct {
+	Paths   []PathResult // parallel to Config.Paths
+	Bound   float64      // upper bound of the probability that any TCP answer was missed; 1 if no path lives
+	Probes  uint64       // packets sent, canaries and repeats included
+	Elapsed time.Duration
+}
