@@ -1,0 +1,169 @@
+package rules
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// WriteNFT writes the table as nft text that replaces whatever table of that
+// name is loaded: for reading, for `nft -c -f` and for review in a diff. The
+// product itself never runs nft. Chains come first, because nft 1.0.6 wants
+// them declared before a map that jumps to them.
+func (t *Table) WriteNFT(w io.Writer) error {
+	b := bufio.NewWriter(w)
+	fmt.Fprintf(b, "table inet %s\ndelete table inet %s\n\ntable inet %s {\n\tcomment %q\n", t.Name, t.Name, t.Name, t.Comment)
+	for _, c := range t.Counters {
+		fmt.Fprintf(b, "\n\tcounter %s {\n\t}\n", c)
+	}
+	for i := range t.Chains {
+		t.Chains[i].write(b)
+	}
+	for i := range t.Sets {
+		t.Sets[i].write(b)
+	}
+	fmt.Fprintln(b, "}")
+	return b.Flush()
+}
+
+func (c *Chain) write(b *bufio.Writer) {
+	fmt.Fprintf(b, "\n\tchain %s {\n", c.Name)
+	if c.Base != nil {
+		policy := "drop"
+		if c.Base.Accept {
+			policy = "accept"
+		}
+		fmt.Fprintf(b, "\t\ttype filter hook %s priority %d; policy %s;\n", c.Base.Hook, c.Base.Priority, policy)
+	}
+	for _, r := range c.Rules {
+		fmt.Fprintf(b, "\t\t%s\n", r.NFT())
+	}
+	fmt.Fprintln(b, "\t}")
+}
+
+// NFT gives the rule as one line of nft text.
+func (r Rule) NFT() string {
+	var words []string
+	for _, e := range r.Exprs {
+		words = append(words, e.nft())
+	}
+	if r.Comment != "" {
+		words = append(words, "comment "+quote(r.Comment))
+	}
+	return strings.Join(words, " ")
+}
+
+func (s *Set) write(b *bufio.Writer) {
+	kind, typ := "set", s.Type.String()
+	if s.Targets != nil {
+		kind, typ = "map", typ+" : verdict"
+	}
+	fmt.Fprintf(b, "\n\t%s %s {\n\t\ttype %s\n", kind, s.Name, typ)
+	if s.Interval {
+		fmt.Fprintf(b, "\t\tflags interval\n")
+	}
+	fmt.Fprintf(b, "\t\telements = {")
+	sep := " "
+	for i, e := range s.elements() {
+		fmt.Fprint(b, sep, e)
+		if s.Targets != nil {
+			fmt.Fprint(b, " : jump ", s.Targets[i])
+		}
+		sep = ", "
+		if i%8 == 7 {
+			sep = ",\n\t\t\t"
+		}
+	}
+	fmt.Fprintf(b, " }\n\t}\n")
+}
+
+// elements gives the set's elements as nft writes them.
+func (s *Set) elements() []string {
+	var out []string
+	for _, p := range s.Ports {
+		out = append(out, p.String())
+	}
+	for _, a := range s.Addrs {
+		out = append(out, a.String())
+	}
+	for _, n := range s.Names {
+		out = append(out, quote(n))
+	}
+	for _, c := range s.Codes {
+		out = append(out, fmt.Sprint(c))
+	}
+	return out
+}
+
+// String writes an address, the prefix that is exactly the range, or "lo-hi".
+func (r AddrRange) String() string {
+	if r.Lo == r.Hi {
+		return r.Lo.String()
+	}
+	if p, ok := r.Prefix(); ok {
+		return p.String()
+	}
+	return r.Lo.String() + "-" + r.Hi.String()
+}
+
+// quote writes an nft string: nft knows no escapes, so what could end one is
+// left out. Policy strings hold no control characters.
+func quote(s string) string { return `"` + strings.ReplaceAll(s, `"`, "'") + `"` }
+
+func (m Match) nft() string {
+	switch m.Field {
+	case MetaIifname, FibDaddrOifname:
+		return fmt.Sprintf("%s %s", m.Field, quote(m.Name))
+	case IPSaddr, IPDaddr, IP6Saddr, IP6Daddr:
+		if m.Prefix.IsSingleIP() {
+			return fmt.Sprintf("%s %s", m.Field, m.Prefix.Addr())
+		}
+		return fmt.Sprintf("%s %s", m.Field, m.Prefix)
+	case MetaNfproto:
+		return fmt.Sprintf("%s %s", m.Field, map[uint32]string{NfprotoIPv4: "ipv4", NfprotoIPv6: "ipv6"}[m.Number])
+	case CtDirection:
+		return fmt.Sprintf("%s %s", m.Field, [...]string{"original", "reply"}[m.Number])
+	case CtState:
+		return fmt.Sprintf("%s %s", m.Field, map[uint32]string{
+			StateInvalid: "invalid", StateEstablished: "established", StateRelated: "related", StateUntracked: "untracked"}[m.Number])
+	case CtStatus:
+		return fmt.Sprintf("%s %s", m.Field, map[uint32]string{StatusDNAT: "dnat"}[m.Number])
+	case FibDaddrType:
+		return fmt.Sprintf("%s %s", m.Field, map[uint32]string{
+			AddrUnicast: "unicast", AddrLocal: "local", AddrBroadcast: "broadcast", AddrAnycast: "anycast", AddrMulticast: "multicast"}[m.Number])
+	}
+	return fmt.Sprintf("%s %d", m.Field, m.Number)
+}
+
+func (m MatchSet) nft() string {
+	if m.Not {
+		return fmt.Sprintf("%s != @%s", m.Field, m.Set)
+	}
+	return fmt.Sprintf("%s @%s", m.Field, m.Set)
+}
+
+func (m VerdictMap) nft() string { return fmt.Sprintf("%s vmap @%s", m.Field, m.Map) }
+
+func (c Count) nft() string { return fmt.Sprintf("counter name %q", c.Counter) }
+
+func (r RejectWith) nft() string {
+	if r.TCPReset {
+		return "reject with tcp reset"
+	}
+	return "reject with icmpx type admin-prohibited"
+}
+
+func (v Verdict) nft() string {
+	switch v.Kind {
+	case VerdictAccept:
+		return "accept"
+	case VerdictDrop:
+		return "drop"
+	case VerdictReturn:
+		return "return"
+	case VerdictJump:
+		return "jump " + v.Chain
+	}
+	return "goto " + v.Chain
+}

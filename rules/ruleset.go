@@ -1,0 +1,229 @@
+package rules
+
+import "net/netip"
+
+// TableName is the one table Deadlight owns, in family inet.
+const TableName = "deadlight"
+
+// Ruleset is a compiled policy: the kernel's table and the oracle over it. Two
+// equal policies compile to equal Rulesets on every machine.
+type Ruleset struct {
+	Policy *Policy
+	Table  Table
+
+	index map[Protocol][]segment // for Decide: ascending and disjoint
+}
+
+// Table is a table of family inet as the kernel shall hold it.
+type Table struct {
+	Name     string
+	Comment  string
+	Counters []string // named counters, sorted
+	Sets     []Set
+	Chains   []Chain // base chains first, then in order of use
+}
+
+// SetType is the type of a set's key.
+type SetType uint8
+
+// The key types in use, by their nft names.
+const (
+	TypePort    SetType = iota // inet_service
+	TypeIPv4                   // ipv4_addr
+	TypeIPv6                   // ipv6_addr
+	TypeIfname                 // ifname
+	TypeICMP                   // icmp_type
+	TypeICMPv6                 // icmpv6_type
+	TypeFibAddr                // fib_addrtype
+)
+
+// String gives the nft name of the type.
+func (t SetType) String() string {
+	return [...]string{"inet_service", "ipv4_addr", "ipv6_addr", "ifname", "icmp_type", "icmpv6_type", "fib_addrtype"}[t]
+}
+
+// Set is a named set, or a verdict map when Targets is not nil. Just one of
+// Ports, Addrs, Names and Codes holds its elements, ascending and disjoint.
+type Set struct {
+	Name     string
+	Type     SetType
+	Comment  string
+	Interval bool        // an element may span more than one key
+	Ports    []PortRange // TypePort
+	Addrs    []AddrRange // TypeIPv4, TypeIPv6
+	Names    []string    // TypeIfname; a * at the end makes a prefix
+	Codes    []uint32    // TypeICMP, TypeICMPv6, TypeFibAddr
+	Targets  []string    // of a verdict map: the chain each element jumps to
+}
+
+// Hook is a netfilter hook of family inet (uapi/linux/netfilter.h).
+type Hook uint8
+
+// The hooks in use.
+const (
+	Prerouting Hook = iota
+	Input
+	Forward
+	Output
+)
+
+// String gives the nft name of the hook.
+func (h Hook) String() string { return [...]string{"prerouting", "input", "forward", "output"}[h] }
+
+// Base makes a chain a base chain of type filter.
+type Base struct {
+	Hook     Hook
+	Priority int  // lower runs earlier
+	Accept   bool // the chain's policy; false is drop
+}
+
+// Chain is a chain with its rules in order.
+type Chain struct {
+	Name  string
+	Base  *Base // nil: only jumped to
+	Rules []Rule
+}
+
+// Rule is one line of a chain.
+type Rule struct {
+	Comment string // kind and policy name: "open ssh"
+	Exprs   []Expr // matches, then statements
+}
+
+// Expr is one part of a rule: [Match], [MatchSet], [VerdictMap], [Count],
+// [Reject] or [Verdict].
+type Expr interface{ nft() string }
+
+// Field is what a match looks at.
+type Field uint8
+
+// The fields in use, by their nft names. Those of a protocol or family imply
+// the test for it, as in nft.
+const (
+	MetaIifname        Field = iota // meta iifname
+	MetaNfproto                     // meta nfproto
+	MetaL4proto                     // meta l4proto
+	IPSaddr                         // ip saddr
+	IPDaddr                         // ip daddr
+	IP6Saddr                        // ip6 saddr
+	IP6Daddr                        // ip6 daddr
+	IP6Hoplimit                     // ip6 hoplimit
+	TCPDport                        // tcp dport
+	UDPSport                        // udp sport
+	UDPDport                        // udp dport
+	ICMPTypeField                   // icmp type
+	ICMPCodeField                   // icmp code
+	ICMPv6TypeField                 // icmpv6 type
+	ICMPv6CodeField                 // icmpv6 code
+	CtState                         // ct state
+	CtStatus                        // ct status
+	CtDirection                     // ct direction
+	CtOriginalProtoDst              // ct original proto-dst
+	FibDaddrType                    // fib daddr type
+	FibDaddrOifname                 // fib daddr oifname
+)
+
+// String gives the nft name of the field.
+func (f Field) String() string {
+	return [...]string{
+		"iifname", "meta nfproto", "meta l4proto", "ip saddr", "ip daddr", "ip6 saddr", "ip6 daddr", "ip6 hoplimit",
+		"tcp dport", "udp sport", "udp dport", "icmp type", "icmp code", "icmpv6 type", "icmpv6 code",
+		"ct state", "ct status", "ct direction", "ct original proto-dst", "fib daddr type", "fib daddr oifname",
+	}[f]
+}
+
+// NeedsFamily gives the family a field exists in, or Both.
+func (f Field) NeedsFamily() Family {
+	switch f {
+	case IPSaddr, IPDaddr:
+		return IPv4
+	case IP6Saddr, IP6Daddr, IP6Hoplimit:
+		return IPv6
+	}
+	return Both
+}
+
+// NeedsProtocol gives the transport protocol a field exists in, or 0.
+func (f Field) NeedsProtocol() Protocol {
+	switch f {
+	case TCPDport:
+		return TCP
+	case UDPSport, UDPDport:
+		return UDP
+	case ICMPTypeField, ICMPCodeField:
+		return ICMPv4
+	case ICMPv6TypeField, ICMPv6CodeField:
+		return ICMPv6
+	}
+	return 0
+}
+
+// Bits of CtState (NF_CT_STATE_BIT, uapi/linux/netfilter/nf_conntrack_common.h)
+// and CtStatus (enum ip_conntrack_status).
+const (
+	StateInvalid     = 1 << 0
+	StateEstablished = 1 << 1
+	StateRelated     = 1 << 2
+	StateUntracked   = 1 << 6
+	StatusDNAT       = 1 << 5
+)
+
+// Values of MetaNfproto, CtDirection and FibDaddrType.
+const (
+	NfprotoIPv4   = 2
+	NfprotoIPv6   = 10
+	DirOriginal   = 0
+	DirReply      = 1
+	AddrUnicast   = 1
+	AddrLocal     = 2
+	AddrBroadcast = 3
+	AddrAnycast   = 4
+	AddrMulticast = 5
+)
+
+// Match compares a field with a number, with the bits of a mask (CtState,
+// CtStatus: any of them is set), with an interface name or with a prefix.
+type Match struct {
+	Field  Field
+	Number uint32
+	Name   string       // MetaIifname, FibDaddrOifname
+	Prefix netip.Prefix // the address fields
+}
+
+// MatchSet looks a field up in a named set.
+type MatchSet struct {
+	Field Field
+	Set   string
+	Not   bool
+}
+
+// VerdictMap looks a field up in a named verdict map and does what it says.
+type VerdictMap struct {
+	Field Field
+	Map   string
+}
+
+// Count adds to a named counter.
+type Count struct{ Counter string }
+
+// RejectWith answers the packet: with a TCP reset, or else with the ICMP error
+// "administratively prohibited".
+type RejectWith struct{ TCPReset bool }
+
+// VerdictKind is what a rule decides.
+type VerdictKind uint8
+
+// The verdicts.
+const (
+	VerdictAccept VerdictKind = iota
+	VerdictDrop
+	VerdictReturn
+	VerdictJump
+	VerdictGoto
+)
+
+// Verdict ends a rule.
+type Verdict struct {
+	Kind  VerdictKind
+	Chain string // of VerdictJump and VerdictGoto
+}
