@@ -63,6 +63,9 @@ func (s *Set) write(b *bufio.Writer) {
 	if s.Interval {
 		fmt.Fprintf(b, "\t\tflags interval\n")
 	}
+	if n := s.Size(); n > 0 {
+		fmt.Fprintf(b, "\t\tsize %d\n", n)
+	}
 	fmt.Fprintf(b, "\t\telements = {")
 	sep := " "
 	for i, e := range s.elements() {

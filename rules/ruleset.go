@@ -47,13 +47,27 @@ func (t SetType) String() string {
 type Set struct {
 	Name     string
 	Type     SetType
-	Comment  string
 	Interval bool        // an element may span more than one key
 	Ports    []PortRange // TypePort
 	Addrs    []AddrRange // TypeIPv4, TypeIPv6
 	Names    []string    // TypeIfname; a * at the end makes a prefix
 	Codes    []uint32    // TypeICMP, TypeICMPv6, TypeFibAddr
 	Targets  []string    // of a verdict map: the chain each element jumps to
+}
+
+// Len counts the elements.
+func (s *Set) Len() int { return len(s.Ports) + len(s.Addrs) + len(s.Names) + len(s.Codes) }
+
+// sizedFrom is the number of elements from which a hash set declares its size.
+const sizedFrom = 1024
+
+// Size is the declared size of a large hash set, which the kernel then
+// allocates once instead of growing it; 0 leaves it open.
+func (s *Set) Size() int {
+	if n := s.Len(); !s.Interval && n >= sizedFrom {
+		return n
+	}
+	return 0
 }
 
 // Hook is a netfilter hook of family inet (uapi/linux/netfilter.h).

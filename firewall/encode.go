@@ -1,0 +1,420 @@
+package firewall
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+
+	"deadlight/rules"
+)
+
+// Netfilter verdicts (uapi/linux/netfilter.h).
+const (
+	nfDrop   = 0
+	nfAccept = 1
+)
+
+// nfTableComment is NFTNL_UDATA_TABLE_COMMENT (libnftnl, udata.h).
+const nfTableComment userdata.Type = 0
+
+// encoded is a table as netlink messages, in the order in which the kernel can
+// take them into an empty table.
+type encoded struct {
+	table    message
+	chains   []message
+	counters []message
+	sets     []message
+	elements []message
+	rules    []message
+}
+
+// all gives the messages in order. Counters stand first: rules name them.
+func (e *encoded) all() []message {
+	out := []message{e.table}
+	for _, part := range [][]message{e.counters, e.chains, e.sets, e.elements, e.rules} {
+		out = append(out, part...)
+	}
+	return out
+}
+
+func encode(t *rules.Table) (*encoded, error) {
+	e := &encoded{}
+	b := attrString(nil, unix.NFTA_TABLE_NAME, t.Name)
+	b = attr(b, nftaTableUserdata, userdata.AppendString(nil, nfTableComment, t.Comment))
+	// Flags of 0 wake up a table that somebody made dormant.
+	b = attr32(b, unix.NFTA_TABLE_FLAGS, 0)
+	e.table = message{unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, b, "table inet " + t.Name}
+	for _, name := range t.Counters {
+		e.counters = append(e.counters, encodeCounter(t.Name, name))
+	}
+	for i := range t.Chains {
+		e.chains = append(e.chains, encodeChain(t.Name, &t.Chains[i]))
+	}
+	for i := range t.Sets {
+		m, err := encodeSet(t.Name, &t.Sets[i], uint32(i+1))
+		if err != nil {
+			return nil, err
+		}
+		e.sets = append(e.sets, m)
+		e.elements = append(e.elements, encodeElements(t.Name, &t.Sets[i])...)
+	}
+	for i := range t.Chains {
+		for k, r := range t.Chains[i].Rules {
+			m, err := encodeRule(t, t.Chains[i].Name, r)
+			if err != nil {
+				return nil, fmt.Errorf("rule %d of chain %s: %w", k+1, t.Chains[i].Name, err)
+			}
+			e.rules = append(e.rules, m)
+		}
+	}
+	return e, nil
+}
+
+func encodeCounter(table, name string) message {
+	b := attrString(nil, unix.NFTA_OBJ_TABLE, table)
+	b = attrString(b, unix.NFTA_OBJ_NAME, name)
+	b = attr32(b, unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_COUNTER)
+	b = nest(b, unix.NFTA_OBJ_DATA, nil)
+	return message{unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, b, "counter " + name}
+}
+
+func hookNumber(h rules.Hook) uint32 {
+	return map[rules.Hook]uint32{
+		rules.Prerouting: unix.NF_INET_PRE_ROUTING, rules.Input: unix.NF_INET_LOCAL_IN,
+		rules.Forward: unix.NF_INET_FORWARD, rules.Output: unix.NF_INET_LOCAL_OUT,
+	}[h]
+}
+
+func encodeChain(table string, ch *rules.Chain) message {
+	b := attrString(nil, unix.NFTA_CHAIN_TABLE, table)
+	b = attrString(b, unix.NFTA_CHAIN_NAME, ch.Name)
+	if ch.Base != nil {
+		hook := attr32(nil, unix.NFTA_HOOK_HOOKNUM, hookNumber(ch.Base.Hook))
+		hook = attr32(hook, unix.NFTA_HOOK_PRIORITY, uint32(int32(ch.Base.Priority)))
+		b = nest(b, unix.NFTA_CHAIN_HOOK, hook)
+		policy := uint32(nfDrop)
+		if ch.Base.Accept {
+			policy = nfAccept
+		}
+		b = attr32(b, unix.NFTA_CHAIN_POLICY, policy)
+		b = attrString(b, unix.NFTA_CHAIN_TYPE, "filter")
+	}
+	return message{unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, b, "chain " + ch.Name}
+}
+
+func dataType(t rules.SetType) nftables.SetDatatype {
+	return map[rules.SetType]nftables.SetDatatype{
+		rules.TypePort: nftables.TypeInetService, rules.TypeIPv4: nftables.TypeIPAddr, rules.TypeIPv6: nftables.TypeIP6Addr,
+		rules.TypeIfname: nftables.TypeIFName, rules.TypeICMP: nftables.TypeICMPType,
+		rules.TypeICMPv6: nftables.TypeICMP6Type, rules.TypeFibAddr: nftables.TypeFIBAddr,
+	}[t]
+}
+
+// nft reads the byte order of a set's key from its user data (NFTNL_UDATA_SET_KEYBYTEORDER).
+const (
+	hostEndian = 1
+	bigEndian  = 2
+)
+
+func encodeSet(table string, s *rules.Set, id uint32) (message, error) {
+	var flags uint32
+	if s.Interval {
+		flags |= unix.NFT_SET_INTERVAL
+	}
+	if s.Targets != nil {
+		flags |= unix.NFT_SET_MAP
+	}
+	kt := dataType(s.Type)
+	b := attrString(nil, unix.NFTA_SET_TABLE, table)
+	b = attrString(b, unix.NFTA_SET_NAME, s.Name)
+	b = attr32(b, unix.NFTA_SET_FLAGS, flags)
+	b = attr32(b, unix.NFTA_SET_KEY_TYPE, kt.GetNFTMagic())
+	b = attr32(b, unix.NFTA_SET_KEY_LEN, kt.Bytes)
+	b = attr32(b, unix.NFTA_SET_ID, id)
+	if s.Targets != nil {
+		b = attr32(b, unix.NFTA_SET_DATA_TYPE, unix.NFT_DATA_VERDICT)
+		b = attr32(b, unix.NFTA_SET_DATA_LEN, 0)
+	}
+	if n := s.Size(); n > 0 {
+		b = nest(b, unix.NFTA_SET_DESC, attr32(nil, unix.NFTA_SET_DESC_SIZE, uint32(n)))
+	}
+	order := uint32(bigEndian)
+	if s.Type == rules.TypeIfname || s.Type == rules.TypeFibAddr {
+		order = hostEndian
+	}
+	b = attr(b, unix.NFTA_SET_USERDATA, userdata.AppendUint32(nil, userdata.NFTNL_UDATA_SET_KEYBYTEORDER, order))
+	return message{unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, b, "set " + s.Name}, nil
+}
+
+// ifnameKey is a name as meta iifname loads it: IFNAMSIZ bytes, zero-padded.
+func ifnameKey(name string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, name)
+	return b
+}
+
+// encodeElements fills as many messages as the 64 KiB of an attribute ask for.
+func encodeElements(table string, s *rules.Set) []message {
+	head := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
+	head = attrString(head, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+	const most = 1<<16 - 1<<10
+	var out []message
+	var list []byte
+	flush := func() {
+		if len(list) > 0 {
+			b := nest(append([]byte(nil), head...), unix.NFTA_SET_ELEM_LIST_ELEMENTS, list)
+			out = append(out, message{unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, b, "elements of set " + s.Name})
+			list = list[:0]
+		}
+	}
+	add := func(key, end []byte, target int) {
+		if len(list) > most {
+			flush()
+		}
+		to := ""
+		if s.Targets != nil {
+			to = s.Targets[target]
+		}
+		list = appendElement(list, key, 0, to)
+		if s.Interval && end != nil {
+			list = appendElement(list, end, unix.NFT_SET_ELEM_INTERVAL_END, "")
+		}
+	}
+	for i, p := range s.Ports {
+		add(binary.BigEndian.AppendUint16(nil, p.Lo), after(binary.BigEndian.AppendUint16(nil, p.Hi)), i)
+	}
+	for i, a := range s.Addrs {
+		add(a.Lo.AsSlice(), after(a.Hi.AsSlice()), i)
+	}
+	for i, n := range s.Names {
+		prefix, wild := strings.CutSuffix(n, "*")
+		end := after(ifnameKey(n))
+		if wild {
+			end = ifnameKey(string(after([]byte(prefix))))
+		}
+		add(ifnameKey(prefix), end, i)
+	}
+	for i, c := range s.Codes {
+		if s.Type == rules.TypeFibAddr {
+			add(binary.NativeEndian.AppendUint32(nil, c), nil, i)
+		} else {
+			add([]byte{byte(c)}, nil, i)
+		}
+	}
+	flush()
+	return out
+}
+
+// after adds one to a big-endian number; nil when it overflows, i.e. when an
+// interval has no end.
+func after(b []byte) []byte {
+	for i := len(b) - 1; i >= 0; i-- {
+		b[i]++
+		if b[i] != 0 {
+			return b
+		}
+	}
+	return nil
+}
+
+func appendElement(list, key []byte, flags uint32, target string) []byte {
+	el := nest(nil, unix.NFTA_SET_ELEM_KEY, attr(nil, unix.NFTA_DATA_VALUE, key))
+	if flags != 0 {
+		el = attr32(el, unix.NFTA_SET_ELEM_FLAGS, flags)
+	}
+	if target != "" {
+		jump := int32(unix.NFT_JUMP)
+		v := attr32(nil, unix.NFTA_VERDICT_CODE, uint32(jump))
+		v = attrString(v, unix.NFTA_VERDICT_CHAIN, target)
+		el = nest(el, unix.NFTA_SET_ELEM_DATA, nest(nil, unix.NFTA_DATA_VERDICT, v))
+	}
+	return nest(list, unix.NFTA_LIST_ELEM, el)
+}
+
+func encodeRule(t *rules.Table, chain string, r rules.Rule) (message, error) {
+	w := ruleWriter{family: rules.Both}
+	for _, e := range r.Exprs {
+		w.add(e)
+	}
+	if w.err != nil {
+		return message{}, w.err
+	}
+	b := attrString(nil, unix.NFTA_RULE_TABLE, t.Name)
+	b = attrString(b, unix.NFTA_RULE_CHAIN, chain)
+	var list []byte
+	for _, x := range w.out {
+		data, err := expr.Marshal(unix.NFPROTO_INET, x)
+		if err != nil {
+			return message{}, err
+		}
+		list = nest(list, unix.NFTA_LIST_ELEM, data)
+	}
+	b = nest(b, unix.NFTA_RULE_EXPRESSIONS, list)
+	if r.Comment != "" {
+		b = attr(b, unix.NFTA_RULE_USERDATA, userdata.AppendString(nil, userdata.TypeComment, r.Comment))
+	}
+	return message{unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE | unix.NLM_F_APPEND, b, fmt.Sprintf("rule %q in chain %s", r.Comment, chain)}, nil
+}
+
+// ruleWriter turns the parts of a rule into kernel expressions. Like nft, it
+// tests for the family and protocol of a header before it reads from it.
+type ruleWriter struct {
+	out      []expr.Any
+	family   rules.Family
+	protocol rules.Protocol
+	err      error
+}
+
+const reg = unix.NFT_REG_1
+
+func (w *ruleWriter) emit(e ...expr.Any) { w.out = append(w.out, e...) }
+
+func (w *ruleWriter) add(e rules.Expr) {
+	switch e := e.(type) {
+	case rules.Match:
+		w.load(e.Field)
+		w.match(e)
+	case rules.MatchSet:
+		w.load(e.Field)
+		w.emit(&expr.Lookup{SourceRegister: reg, SetName: e.Set, Invert: e.Not})
+	case rules.VerdictMap:
+		w.load(e.Field)
+		w.emit(&expr.Lookup{SourceRegister: reg, SetName: e.Map, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true})
+	case rules.Count:
+		// The library sends the name without its NUL; the kernel reads it back with one.
+		w.emit(&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: e.Counter + "\x00"})
+	case rules.RejectWith:
+		if e.TCPReset {
+			w.emit(&expr.Reject{Type: unix.NFT_REJECT_TCP_RST})
+		} else {
+			w.emit(&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED})
+		}
+	case rules.Verdict:
+		kind := map[rules.VerdictKind]expr.VerdictKind{
+			rules.VerdictAccept: expr.VerdictAccept, rules.VerdictDrop: expr.VerdictDrop, rules.VerdictReturn: expr.VerdictReturn,
+			rules.VerdictJump: expr.VerdictJump, rules.VerdictGoto: expr.VerdictGoto,
+		}[e.Kind]
+		w.emit(&expr.Verdict{Kind: kind, Chain: e.Chain})
+	default:
+		w.err = fmt.Errorf("no encoding for %T", e)
+	}
+}
+
+func equal(data []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: data} }
+
+// require tests for a family or a transport protocol once in a rule.
+func (w *ruleWriter) require(f rules.Family, p rules.Protocol) {
+	if f != rules.Both && w.family != f {
+		w.emit(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg})
+		if f == rules.IPv4 {
+			w.emit(equal([]byte{unix.NFPROTO_IPV4}))
+		} else {
+			w.emit(equal([]byte{unix.NFPROTO_IPV6}))
+		}
+		w.family = f
+	}
+	if p != 0 && w.protocol != p {
+		w.emit(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg}, equal([]byte{byte(p)}))
+		w.protocol = p
+	}
+}
+
+// load reads a field into the register. Offsets: RFC 791, 8200, 9293, 768, 792.
+func (w *ruleWriter) load(f rules.Field) {
+	w.require(f.NeedsFamily(), f.NeedsProtocol())
+	payload := func(base expr.PayloadBase, offset, length uint32) {
+		w.emit(&expr.Payload{OperationType: expr.PayloadLoad, DestRegister: reg, Base: base, Offset: offset, Len: length})
+	}
+	network, transport := expr.PayloadBaseNetworkHeader, expr.PayloadBaseTransportHeader
+	switch f {
+	case rules.MetaIifname:
+		w.emit(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
+	case rules.MetaNfproto:
+		w.emit(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg})
+	case rules.MetaL4proto:
+		w.emit(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg})
+	case rules.IPSaddr:
+		payload(network, 12, 4)
+	case rules.IPDaddr:
+		payload(network, 16, 4)
+	case rules.IP6Hoplimit:
+		payload(network, 7, 1)
+	case rules.IP6Saddr:
+		payload(network, 8, 16)
+	case rules.IP6Daddr:
+		payload(network, 24, 16)
+	case rules.UDPSport:
+		payload(transport, 0, 2)
+	case rules.TCPDport, rules.UDPDport:
+		payload(transport, 2, 2)
+	case rules.ICMPTypeField, rules.ICMPv6TypeField:
+		payload(transport, 0, 1)
+	case rules.ICMPCodeField, rules.ICMPv6CodeField:
+		payload(transport, 1, 1)
+	case rules.CtState:
+		w.emit(&expr.Ct{Key: expr.CtKeySTATE, Register: reg})
+	case rules.CtStatus:
+		w.emit(&expr.Ct{Key: expr.CtKeySTATUS, Register: reg})
+	case rules.CtDirection:
+		w.emit(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: reg})
+	case rules.CtOriginalProtoDst:
+		w.emit(&expr.Ct{Key: expr.CtKeyPROTODST, Register: reg, OptDirection: true, Direction: rules.DirOriginal})
+	case rules.FibDaddrType:
+		w.emit(&expr.Fib{Register: reg, ResultADDRTYPE: true, FlagDADDR: true})
+	case rules.FibDaddrOifname:
+		w.emit(&expr.Fib{Register: reg, ResultOIFNAME: true, FlagDADDR: true})
+	default:
+		w.err = fmt.Errorf("no encoding for field %d", f)
+	}
+}
+
+// match compares the register.
+func (w *ruleWriter) match(m rules.Match) {
+	native := func(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+	switch m.Field {
+	case rules.MetaIifname, rules.FibDaddrOifname:
+		if prefix, wild := strings.CutSuffix(m.Name, "*"); wild {
+			w.emit(equal([]byte(prefix)))
+		} else {
+			w.emit(equal(ifnameKey(m.Name)))
+		}
+	case rules.IPSaddr, rules.IPDaddr, rules.IP6Saddr, rules.IP6Daddr:
+		addr := m.Prefix.Masked().Addr().AsSlice()
+		if !m.Prefix.IsSingleIP() {
+			w.emit(&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: uint32(len(addr)), Mask: mask(m.Prefix), Xor: make([]byte, len(addr))})
+		}
+		w.emit(equal(addr))
+	case rules.CtState, rules.CtStatus:
+		w.emit(&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: native(m.Number), Xor: native(0)},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg, Data: native(0)})
+	case rules.FibDaddrType:
+		w.emit(equal(native(m.Number)))
+	case rules.CtOriginalProtoDst, rules.TCPDport, rules.UDPDport, rules.UDPSport:
+		w.emit(equal(binary.BigEndian.AppendUint16(nil, uint16(m.Number))))
+	default:
+		w.emit(equal([]byte{byte(m.Number)}))
+	}
+	switch m.Field {
+	case rules.MetaNfproto:
+		w.family = rules.IPv4
+		if m.Number == rules.NfprotoIPv6 {
+			w.family = rules.IPv6
+		}
+	case rules.MetaL4proto:
+		w.protocol = rules.Protocol(m.Number)
+	}
+}
+
+func mask(p netip.Prefix) []byte {
+	b := make([]byte, p.Addr().BitLen()/8)
+	for i := range p.Bits() {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	return b
+}
