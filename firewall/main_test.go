@@ -1,23 +1,127 @@
 package firewall
 
 import (
+	"context"
+	"fmt"
 	"os"
 	"os/exec"
-	"syscall"
+	"runtime"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"deadlight/rules"
+	"deadlight/verify"
 )
 
+// TestMain moves the whole test binary into namespaces of its own: no test can
+// reach the machine's firewall.
 func TestMain(m *testing.M) {
-	if os.Getenv("DL_T") == "" {
-		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-		cmd.Env = append(os.Environ(), "DL_T=1")
-		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
-			UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}, GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}}
-		if cmd.Run() != nil {
-			os.Exit(1)
+	if !verify.Isolated() {
+		code, err := verify.Isolate(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "firewall tests need namespaces:", err)
+			code = 1
 		}
-		os.Exit(0)
+		os.Exit(code)
+	}
+	if err := verify.EnterIsolated(); err != nil {
+		fmt.Fprintln(os.Stderr, "firewall tests need namespaces:", err)
+		os.Exit(1)
 	}
 	os.Exit(m.Run())
 }
+
+// inNamespace runs fn on a thread in a fresh network namespace; programs that
+// fn starts run there too.
+func inNamespace(t *testing.T, fn func(t *testing.T)) {
+	t.Helper()
+	t.Parallel()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // never unlocked: the thread ends here, and its namespace with it
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Errorf("new network namespace: %v", err)
+			return
+		}
+		fn(t)
+	}()
+	<-done
+}
+
+// dial opens a Conn in the namespace of the calling thread.
+func dial(t *testing.T) *Conn {
+	t.Helper()
+	c, err := Dial(nil)
+	if err != nil {
+		t.Fatalf("dial: %v", err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// nft runs the independent witness and gives what it printed.
+func nft(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := exec.Command("nft", args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("nft %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func listTable(t *testing.T) string {
+	t.Helper()
+	return nft(t, "list", "table", "inet", "deadlight")
+}
+
+// ruleset compiles a policy given as text.
+func ruleset(t testing.TB, text string) *rules.Ruleset {
+	t.Helper()
+	p, problems := rules.Parse("policy.toml", []byte("version = 1\n"+text))
+	if p == nil {
+		var b strings.Builder
+		rules.Render(&b, problems)
+		t.Fatalf("parse:\n%s", b.String())
+	}
+	return rules.Compile(p)
+}
+
+// everything uses every kind of rule, set and map there is.
+const everything = `
+[default]
+input = "reject"
+[open.web]
+ports = [80, 443, "65000-65535"]
+protocol = ["tcp", "udp"]
+[open."ssh.a-b"]
+ports = 22
+from = ["10.0.0.0/8", "192.0.2.1-192.0.2.9", "@admins"]
+[open.vendor]
+ports = ["20-30", "6000-6010"]
+family = "ipv4"
+interfaces = ["wg0", "tun*"]
+[open.dns]
+ports = 53
+protocol = "udp"
+interfaces = "eth0"
+[open.six]
+ports = [25]
+from = "2001:db8:6::/64"
+[set.admins]
+addresses = ["198.51.100.7", "2001:db8::/48"]
+[dhcp]
+client = ["eth0"]
+`
+
+const little = `
+[open.web]
+ports = 80
+[open."ssh.a-b"]
+ports = [22]
+from = "@admins"
+[set.admins]
+addresses = ["198.51.100.0/24"]
+`

@@ -68,7 +68,7 @@ func (s *Set) write(b *bufio.Writer) {
 	}
 	fmt.Fprintf(b, "\t\telements = {")
 	sep := " "
-	for i, e := range s.elements() {
+	for i, e := range s.Elements() {
 		fmt.Fprint(b, sep, e)
 		if s.Targets != nil {
 			fmt.Fprint(b, " : jump ", s.Targets[i])
@@ -81,8 +81,8 @@ func (s *Set) write(b *bufio.Writer) {
 	fmt.Fprintf(b, " }\n\t}\n")
 }
 
-// elements gives the set's elements as nft writes them.
-func (s *Set) elements() []string {
+// Elements gives the set's elements as nft writes them.
+func (s *Set) Elements() []string {
 	var out []string
 	for _, p := range s.Ports {
 		out = append(out, p.String())

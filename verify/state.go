@@ -31,22 +31,22 @@ type Reason uint8
 
 // The reasons, from the strongest evidence of an absent firewall down.
 const (
-	NotProbed       Reason = iota
-	NoResponse             // nothing came back on a live path
-	PathNotProven          // nothing came back, and no canary either
-	SynAck                 // TCP SYN-ACK to our sequence number
-	TCPReset               // TCP RST to our sequence number
-	TCPOther               // any other TCP segment to our probe: the stack answered
-	UDPAnswer              // a UDP datagram from the probed port
-	PortUnreachable        // ICMP type 3 code 3, ICMPv6 type 1 code 4
-	AdminProhibited        // ICMP 3/9, 3/10, 3/13; ICMPv6 1/1, 1/5, 1/6
-	HostUnreachable        // ICMP 3/1, ICMPv6 1/3: from the target itself
-	NetUnreachable         // ICMP 3/0, ICMPv6 1/0: from the target itself
-	ProtoUnreachable       // ICMP 3/2, ICMPv6 4/1
-	OtherICMP              // any other ICMP error from the target
-	RouterError            // an ICMP error from somebody who is not the target
-	PassedFirewall         // the tripwire saw the probe behind the last input chain, nothing came back
-	PassedGate             // the tripwire saw the probe behind the gate; a later chain dropped it
+	NotProbed        Reason = iota
+	NoResponse              // nothing came back on a live path
+	PathNotProven           // nothing came back, and no canary either
+	SynAck                  // TCP SYN-ACK to our sequence number
+	TCPReset                // TCP RST to our sequence number
+	TCPOther                // any other TCP segment to our probe: the stack answered
+	UDPAnswer               // a UDP datagram from the probed port
+	PortUnreachable         // ICMP type 3 code 3, ICMPv6 type 1 code 4
+	AdminProhibited         // ICMP 3/9, 3/10, 3/13; ICMPv6 1/1, 1/5, 1/6
+	HostUnreachable         // ICMP 3/1, ICMPv6 1/3: from the target itself
+	NetUnreachable          // ICMP 3/0, ICMPv6 1/0: from the target itself
+	ProtoUnreachable        // ICMP 3/2, ICMPv6 4/1
+	OtherICMP               // any other ICMP error from the target
+	RouterError             // an ICMP error from somebody who is not the target
+	PassedFirewall          // the tripwire saw the probe behind the last input chain, nothing came back
+	PassedGate              // the tripwire saw the probe behind the gate; a later chain dropped it
 )
 
 var reasonNames = [...]string{

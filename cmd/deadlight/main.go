@@ -1,0 +1,44 @@
+// Command deadlight keeps every port of a Linux host silent but those its
+// policy opens, and proves it from outside.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+)
+
+func main() {
+	os.Exit(run(os.Args[1:], env{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}))
+}
+
+// env is what a command may touch of the process it runs in.
+type env struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+}
+
+// run executes one command line and gives its exit code; it is the only way out.
+func run(args []string, e env) (code int) {
+	defer func() {
+		if r := recover(); r != nil {
+			fmt.Fprintf(e.stderr, "deadlight: error: this is a bug of deadlight: %v\n\n%s\n", r, debug.Stack())
+			fmt.Fprintln(e.stderr, "deadlight: hint: please report it with the lines above and the policy, if you may share it")
+			code = exitBug
+		}
+	}()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	root := newRootCommand(e)
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if ctx.Err() != nil {
+		fmt.Fprintln(e.stderr, "deadlight: interrupted")
+		return exitInterrupted
+	}
+	return report(e, err)
+}

@@ -1,0 +1,62 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"deadlight/rules"
+)
+
+// readPolicy reads and compiles a policy. Problems are printed; those that keep
+// it from being used end the command with exit 2, and consequence says what did
+// not happen.
+func readPolicy(e env, file, consequence string) (*rules.Ruleset, error) {
+	rs, problems, err := parsePolicy(file)
+	if err != nil {
+		return nil, err
+	}
+	if len(problems) > 0 {
+		rules.Render(e.stderr, problems)
+	}
+	if rs == nil {
+		printf(e.stderr, "deadlight: %s: %s\n", rules.Summary(problems), consequence)
+		return nil, silently(exitUsage)
+	}
+	return rs, nil
+}
+
+// parsePolicy reads a policy without printing anything; rs is nil if a problem
+// keeps it from being used.
+func parsePolicy(file string) (rs *rules.Ruleset, problems []rules.Problem, err error) {
+	src, err := os.ReadFile(file)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && file == defaultPolicy:
+		return nil, nil, usageError("name a policy, or begin with one of the examples in configs/", "there is no policy at %s", file)
+	case err != nil:
+		var p *fs.PathError
+		if errors.As(err, &p) {
+			err = p.Err
+		}
+		return nil, nil, usageError("", "read %s: %w", file, err)
+	}
+	p, problems := rules.Parse(file, src)
+	if p == nil {
+		return nil, problems, nil
+	}
+	return rules.Compile(p), problems, nil
+}
+
+// writeJSON prints one documented object.
+func writeJSON(w io.Writer, v any) error {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	if err := enc.Encode(v); err != nil {
+		return fmt.Errorf("write json: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,84 @@
+package firewall
+
+import (
+	"testing"
+)
+
+func FuzzDecode(f *testing.F) {
+	e, err := encode(&ruleset(f, everything).Table)
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, m := range e.all() {
+		f.Add(m.typ, m.attrs)
+	}
+	f.Fuzz(func(t *testing.T, typ uint16, attrs []byte) {
+		s := newSnapshot()
+		if err := s.add(typ, attrs); err != nil {
+			return
+		}
+		s.finish()
+		if d := Diff(s, s); d != nil {
+			t.Errorf("differs from itself: %v", d)
+		}
+	})
+}
+
+func FuzzReplies(f *testing.F) {
+	f.Add([]byte{})
+	f.Add([]byte{20, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		replies, err := parseReplies(b)
+		for _, r := range replies {
+			if len(r.attrs) > len(b) {
+				t.Errorf("reply longer than the message")
+			}
+		}
+		_ = err
+	})
+}
+
+// Values that look like attributes must not be mistaken for them: these two
+// addresses once had the same canonical form.
+func TestElementsThatLookLikeAttributesDiffer(t *testing.T) {
+	element := func(a, b, c, d byte) string {
+		return canonical(appendElement(nil, []byte{a, b, c, d}, 0, "")[4:], nil, elementShape())
+	}
+	if element(4, 0, 1, 128) == element(4, 0, 1, 0) {
+		t.Error("4.0.1.128 and 4.0.1.0 are the same")
+	}
+	if element(4, 0, 1, 0) != element(4, 0, 1, 0) {
+		t.Error("an element differs from itself")
+	}
+}
+
+func TestDiffNamesEveryKind(t *testing.T) {
+	snapshot := func(text string) *Snapshot {
+		e, err := encode(&ruleset(t, text).Table)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := snapshotOf(e.all())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	a, b := snapshot(everything), snapshot(little)
+	kinds := map[string]bool{}
+	for _, d := range Diff(a, b) {
+		kinds[d.Kind] = true
+	}
+	for _, kind := range []string{"chain", "rule", "set", "object"} {
+		if !kinds[kind] {
+			t.Errorf("no difference of kind %s", kind)
+		}
+	}
+	if d := Diff(a, snapshot(everything)); d != nil {
+		t.Errorf("equal tables differ: %v", d)
+	}
+	b.flowtables["f"] = "flowtable"
+	if d := Diff(b, snapshot(little)); len(d) != 1 || d[0].Kind != "flowtable" {
+		t.Errorf("a flowtable: %v", d)
+	}
+}

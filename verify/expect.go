@@ -1,0 +1,152 @@
+package verify
+
+import (
+	"deadlight/rules"
+	"net/netip"
+	"slices"
+)
+
+// View is a [Path] as the target sees it: the interface by which it enters, and
+// what it is there to show.
+type View struct {
+	Path Path
+	// In is the target's interface by which the probes enter; "" when that is
+	// not known, as from another machine.
+	In string
+	// Rule names the [open.*] whose restriction the view looks at, and Place
+	// where it stands: "inside", "edge" or "beside" its sources. Both are empty
+	// for the sweep over all ports.
+	Rule, Place string
+}
+
+// Sweep reports whether the view looks at all ports.
+func (v *View) Sweep() bool { return v.Rule == "" }
+
+// Expectation is what the policy says of one probe.
+type Expectation struct {
+	Outcome rules.Outcome
+	Rule    string // that admits it
+	// Either says that the policy decides by an interface that is not known
+	// here: both outcomes are as it says.
+	Either bool
+}
+
+// expecter answers for one view; it holds what does not change from port to port.
+type expecter struct {
+	rs *rules.Ruleset
+	in []string // the candidate interfaces
+}
+
+// unnamed is an interface that no policy can name: / is not allowed in names.
+const unnamed = "/"
+
+func newExpecter(rs *rules.Ruleset, v *View) expecter {
+	if v.In != "" {
+		return expecter{rs, []string{v.In}}
+	}
+	in := []string{unnamed}
+	for _, o := range rs.Policy.Open {
+		for _, name := range o.Interfaces {
+			if !slices.Contains(in, instance(name)) {
+				in = append(in, instance(name))
+			}
+		}
+	}
+	return expecter{rs, in}
+}
+
+// instance is an interface name that a pattern matches.
+func instance(pattern string) string {
+	if n := len(pattern) - 1; n >= 0 && pattern[n] == '*' {
+		return pattern[:n] + "0"
+	}
+	return pattern
+}
+
+func (e expecter) expect(p *Path, proto rules.Protocol, port uint16) Expectation {
+	opens := e.rs.OpensAt(proto, port)
+	in := e.in
+	if len(opens) == 0 {
+		in = in[:1] // no rule that could tell interfaces apart
+	}
+	var x Expectation
+	for i, name := range in {
+		d := e.rs.Decide(rules.Packet{In: name, Src: p.Src, Dst: p.Dst, Protocol: proto, SrcPort: p.SrcPort, DstPort: port})
+		if i > 0 && d.Outcome != x.Outcome {
+			x.Either = true
+		}
+		if i == 0 || d.Outcome == rules.OutcomeOpen {
+			x.Outcome, x.Rule = d.Outcome, d.Rule
+		}
+	}
+	return x
+}
+
+// agrees reports whether an answer is what the policy says. A listed port is as
+// it should be when it is reachable, listener or not.
+func (x Expectation) agrees(a Answer, proto rules.Protocol) bool {
+	if a.Reason == PassedGate {
+		return false
+	}
+	open := a.State == Open || a.State == Closed
+	switch {
+	case x.Either:
+		return true
+	case x.Outcome == rules.OutcomeOpen:
+		return open
+	case x.Outcome == rules.OutcomeFiltered:
+		return a.State == Filtered
+	case a.Reason == PassedFirewall:
+		return false
+	case proto == rules.TCP: // a reject answers by RST, which a closed port does too
+		return a.State == Closed || a.State == Rejected
+	}
+	return a.State == Rejected || a.State == Filtered // ICMP errors are rate-limited
+}
+
+// allPorts are the ports 1–65535.
+func allPorts() []uint16 {
+	out := make([]uint16, 65535)
+	for i := range out {
+		out[i] = uint16(i + 1)
+	}
+	return out
+}
+
+// canaries lists what must answer on a path according to the policy, the
+// strongest proof first.
+func canaries(e expecter, p *Path) []Canary {
+	const most = 4
+	var out []Canary
+	seen := map[uint16]bool{}
+	for _, o := range e.rs.Policy.Open {
+		if !slices.Contains(o.Protocols, rules.TCP) {
+			continue
+		}
+		for _, r := range o.Ports {
+			x := e.expect(p, rules.TCP, r.Lo)
+			if x.Outcome == rules.OutcomeOpen && !x.Either && !seen[r.Lo] && len(out) < most {
+				seen[r.Lo] = true
+				out = append(out, Canary{CanaryTCP, r.Lo})
+			}
+		}
+	}
+	if e.rs.Policy.ICMP.Echo {
+		out = append(out, Canary{Kind: CanaryEcho})
+	}
+	return out
+}
+
+// usable reports whether a packet may carry a as its source: the kernel drops
+// the others as martians before any rule sees them (ip_route_input_slow,
+// ipv6_rcv).
+func usable(a netip.Addr) bool {
+	if a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() {
+		return false
+	}
+	if a.Is4() {
+		b := a.As4()
+		return b[0] != 0 && b[0] < 240
+	}
+	return true
+}

@@ -1,0 +1,106 @@
+package verify
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"deadlight/rules"
+)
+
+// Ports says what to probe of a host.
+type Ports struct{ TCP, UDP []uint16 }
+
+// ParsePorts reads "tcp", "udp", "all", "443/tcp", "1-1024/udp" and lists of
+// these with commas.
+func ParsePorts(spec string) (Ports, error) {
+	var p Ports
+	add := func(proto string, ports []uint16) bool {
+		switch proto {
+		case "tcp":
+			p.TCP = union(p.TCP, ports)
+		case "udp":
+			p.UDP = union(p.UDP, ports)
+		default:
+			return false
+		}
+		return true
+	}
+	for _, part := range strings.Split(spec, ",") {
+		switch part = strings.TrimSpace(part); part {
+		case "all":
+			add("tcp", allPorts())
+			add("udp", allPorts())
+			continue
+		case "tcp", "udp":
+			add(part, allPorts())
+			continue
+		}
+		ports, proto, ok := strings.Cut(part, "/")
+		lo, hi, isRange := strings.Cut(ports, "-")
+		if !isRange {
+			hi = lo
+		}
+		from, err1 := strconv.ParseUint(lo, 10, 16)
+		to, err2 := strconv.ParseUint(hi, 10, 16)
+		if !ok || err1 != nil || err2 != nil || from < 1 || from > to {
+			return Ports{}, fmt.Errorf("not a port specification: %q", part)
+		}
+		var list []uint16
+		for n := from; n <= to; n++ {
+			list = append(list, uint16(n))
+		}
+		if !add(proto, list) {
+			return Ports{}, fmt.Errorf("not a protocol with ports: %q", part)
+		}
+	}
+	return p, nil
+}
+
+// LookConfig is what [Look] needs.
+type LookConfig struct {
+	Rules    *rules.Ruleset
+	Targets  []netip.Addr // addresses of one host
+	Ports    Ports
+	Canaries []Canary // that answer whatever the policy says
+	In       string   // the target's interface, "" when it is not known
+	MaxRate  int      // packets per second, 0 for none
+	Progress func(sent, total uint64)
+}
+
+// Look probes a host from this machine, which is the outside, and judges what
+// it saw. Errors to test for: [ErrPermission], [ErrLocalTarget], [ErrNoRoute],
+// [ErrNoNeighbour], [ErrNotEthernet].
+func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
+	var views []View
+	var paths []Path
+	var names, sources []string
+	ports := freshPorts()
+	for i, dst := range cfg.Targets {
+		link, src, err := ResolveLink(dst)
+		if err != nil {
+			return nil, fmt.Errorf("look at %s: %w", dst, err)
+		}
+		v := View{In: cfg.In, Path: Path{
+			Link: link, Src: src, Dst: dst, SrcPort: ports[i], TCP: cfg.Ports.TCP, UDP: cfg.Ports.UDP,
+		}}
+		v.Path.Canaries = append(canaries(newExpecter(cfg.Rules, &v), &v.Path), cfg.Canaries...)
+		views, paths = append(views, v), append(paths, v.Path)
+		names, sources = append(names, dst.String()), append(sources, fmt.Sprintf("%s (%s)", src, link.Name))
+	}
+	res, err := Sweep(ctx, Config{Paths: paths, MaxRate: cfg.MaxRate, Progress: cfg.Progress})
+	if err != nil {
+		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
+	}
+	r := Judge(JudgeConfig{
+		Target: strings.Join(names, ", "), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: views,
+	}, res)
+	for i := range paths {
+		if len(paths[i].Canaries) == 0 {
+			r.Notes = append(r.Notes, fmt.Sprintf("%s has no canary: the policy opens no TCP port to this machine and answers no echo; name one with --canary", paths[i].Dst))
+		}
+	}
+	return r, nil
+}

@@ -1,0 +1,164 @@
+package verify
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"deadlight/rules"
+)
+
+// RehearseConfig is what [Rehearse] needs.
+type RehearseConfig struct {
+	Name  string // of the policy, for the report
+	Rules *rules.Ruleset
+	// Load puts the ruleset in force. It runs inside the throw-away host, with
+	// the thread locked to its network namespace.
+	Load func() error
+	// Command, if any, runs in the host after Load and before the probes; its
+	// output goes to Stdout and Stderr. A failing command is an error.
+	Command        []string
+	Stdout, Stderr io.Writer
+	Progress       func(sent, total uint64)
+}
+
+// CommandError says that the command of a rehearsal failed. It unwraps to the
+// error of os/exec.
+type CommandError struct {
+	Command []string
+	Err     error
+}
+
+func (e *CommandError) Error() string { return fmt.Sprintf("%s: %v", e.Command[0], e.Err) }
+
+// Unwrap gives the error of os/exec.
+func (e *CommandError) Unwrap() error { return e.Err }
+
+// Rehearse builds a throw-away host, puts a ruleset in force there, starts
+// listeners behind listed and unlisted ports, probes the host from outside and
+// judges what it saw. It must run in a process that [Isolate] started.
+func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
+	outlook, err := NewOutlook(cfg.Rules, HasIPv6())
+	if err != nil {
+		return nil, err
+	}
+	w, err := NewWorld(WorldConfig{Host4: outlook.Host4, Host6: outlook.Host6, Links: outlook.Links})
+	if err != nil {
+		return nil, fmt.Errorf("build the throw-away host: %w", err)
+	}
+	defer w.Close()
+	if err := w.Host(cfg.Load); err != nil {
+		return nil, err
+	}
+	tcp, udp := listening(cfg.Rules, MaxListeners())
+	l, err := Listen(w, tcp.all(), udp.all())
+	if err != nil {
+		return nil, fmt.Errorf("start listeners: %w", err)
+	}
+	defer l.Close()
+	if len(cfg.Command) > 0 {
+		if err := w.Command(ctx, cfg.Command, cfg.Stdout, cfg.Stderr); err != nil {
+			return nil, errors.Join(ctx.Err(), &CommandError{cfg.Command, err})
+		}
+	}
+	paths := make([]Path, len(outlook.Views))
+	sports := make([]uint16, len(outlook.Views))
+	for i := range outlook.Views {
+		v := &outlook.Views[i]
+		v.Path.Link = w.Link(v.In)
+		paths[i], sports[i] = v.Path, v.Path.SrcPort
+	}
+	trip, err := ArmTripwire(w, sports)
+	if err != nil {
+		return nil, fmt.Errorf("arm the tripwire: %w", err)
+	}
+	res, err := Sweep(ctx, Config{Paths: paths, Progress: cfg.Progress})
+	if err != nil {
+		return nil, fmt.Errorf("probe the throw-away host: %w", err)
+	}
+	proof, err := trip.proof()
+	if err != nil {
+		return nil, fmt.Errorf("read the tripwire: %w", err)
+	}
+	if err := trip.Remove(); err != nil {
+		return nil, fmt.Errorf("remove the tripwire: %w", err)
+	}
+	report := Judge(JudgeConfig{
+		Target: "throw-away host for " + cfg.Name, Vantage: "throw-away outside",
+		Rules: cfg.Rules, Views: outlook.Views, HostProof: proof,
+	}, res)
+	report.Listeners = &Listening{
+		ListedTCP: len(tcp.listed), ListedUDP: len(udp.listed), UnlistedTCP: len(tcp.unlisted), UnlistedUDP: len(udp.unlisted),
+	}
+	if outlook.Unprobed > 0 {
+		report.Notes = append(report.Notes, fmt.Sprintf("%s of restricted openings not looked from: too many, or no packet may carry them",
+			count(outlook.Unprobed, "source", "sources")))
+	}
+	if tcp.left+udp.left > 0 {
+		report.Notes = append(report.Notes, fmt.Sprintf("no listener behind %s: the limit of open files is too low (ulimit -n)",
+			count(tcp.left+udp.left, "listed port", "listed ports")))
+	}
+	if !HasIPv6() {
+		report.Notes = append(report.Notes, "IPv6 is not in this kernel: nothing was probed over it")
+	}
+	return report, nil
+}
+
+// proof reads everything the tripwire recorded.
+func (t *Tripwire) proof() (*HostProof, error) {
+	p := &HostProof{Passed: map[Passage]bool{}, Gate: map[Passage]bool{}}
+	var err error
+	if p.Arrived, err = t.Arrived(); err != nil {
+		return nil, err
+	}
+	for _, part := range []struct {
+		read func() ([]Passage, error)
+		into map[Passage]bool
+	}{{t.Passed, p.Passed}, {t.GatePassed, p.Gate}} {
+		list, err := part.read()
+		if err != nil {
+			return nil, err
+		}
+		for _, x := range list {
+			part.into[x] = true
+		}
+	}
+	return p, nil
+}
+
+type portPlan struct {
+	listed, unlisted []uint16
+	left             int // listed ports for which no file descriptor was left
+}
+
+func (p portPlan) all() []uint16 { return union(p.listed, p.unlisted) }
+
+// listening chooses the ports that get a listener, TCP and UDP, within a number
+// of sockets.
+func listening(rs *rules.Ruleset, budget int) (tcp, udp portPlan) {
+	const unlisted = 1024
+	plan := func(proto rules.Protocol) portPlan {
+		var p portPlan
+		var all []uint16
+		for _, o := range rs.Policy.Open {
+			if !slices.Contains(o.Protocols, proto) {
+				continue
+			}
+			for _, r := range o.Ports {
+				for port := int(r.Lo); port <= int(r.Hi); port++ {
+					all = append(all, uint16(port))
+				}
+			}
+		}
+		all = union(nil, all)
+		p.listed = all
+		if most := max(budget/2-unlisted, 0); len(all) > most {
+			p.listed, p.left = all[:most], len(all)-most
+		}
+		p.unlisted = SpreadPorts(all, min(unlisted, budget/2))
+		return p
+	}
+	return plan(rules.TCP), plan(rules.UDP)
+}

@@ -1,0 +1,507 @@
+package verify
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"slices"
+	"sort"
+	"strings"
+	"time"
+
+	"deadlight/rules"
+)
+
+// Report is what a run showed, held against the policy. Its JSON form is what
+// scripts rely on; the text is made from it.
+type Report struct {
+	Schema  int     `json:"schema"` // 1
+	Verdict Verdict `json:"verdict"`
+	Target  string  `json:"target"`
+	Vantage string  `json:"vantage"`
+	// Proof is "host" when a tripwire on the host recorded what passed, else
+	// "packets".
+	Proof string `json:"proof"`
+	// Bound is the largest probability that any TCP answer was missed.
+	Bound   float64 `json:"bound"`
+	Seconds float64 `json:"seconds"`
+	Probes  uint64  `json:"probes"`
+	Counts  Counts  `json:"counts"` // over the sweeps of all ports
+	// States has the keys tcp4, tcp6, udp4 and udp6; a family or protocol that
+	// was not probed is left out.
+	States map[string]States `json:"states"`
+	// Openings are the ports of the sweeps that the policy lists, as they were found.
+	Openings []Opening `json:"openings"`
+	// Restrictions are the views from inside, at the edge of and beside what
+	// openings are restricted to.
+	Restrictions []Restriction `json:"restrictions"`
+	Findings     []Finding     `json:"findings"`
+	// Listeners is set when the host was ours to start listeners on.
+	Listeners *Listening `json:"listeners,omitempty"`
+	// Notes tell what the verdict does not cover.
+	Notes []string `json:"notes"`
+
+	ports int // judged in sweeps
+}
+
+// Listening counts the listeners of a throw-away host.
+type Listening struct {
+	ListedTCP   int `json:"listed_tcp"`
+	ListedUDP   int `json:"listed_udp"`
+	UnlistedTCP int `json:"unlisted_tcp"`
+	UnlistedUDP int `json:"unlisted_udp"`
+}
+
+// Counts counts ports by state.
+type Counts struct {
+	Open     int `json:"open"`
+	Closed   int `json:"closed"`
+	Rejected int `json:"rejected"`
+	Filtered int `json:"filtered"`
+	Unknown  int `json:"unknown"`
+}
+
+func (c *Counts) of(s State) *int {
+	return [...]*int{&c.Unknown, &c.Open, &c.Closed, &c.Rejected, &c.Filtered}[s]
+}
+
+// States lists the ports in each state as ranges: "1-21,23-79".
+type States struct {
+	Open     string `json:"open"`
+	Closed   string `json:"closed"`
+	Rejected string `json:"rejected"`
+	Filtered string `json:"filtered"`
+	Unknown  string `json:"unknown"`
+}
+
+// Opening is a listed port of a sweep.
+type Opening struct {
+	Family   string `json:"family"`
+	Protocol string `json:"protocol"`
+	Port     uint16 `json:"port"`
+	Rule     string `json:"rule"`
+	State    State  `json:"state"`
+}
+
+// Restriction is what one source on one interface was shown of a rule.
+type Restriction struct {
+	Rule      string `json:"rule"`
+	Interface string `json:"interface"`
+	From      string `json:"from"`
+	Place     string `json:"place"` // inside, edge or beside
+	Open      string `json:"open"`  // reachable ports: "22/tcp,53/udp"
+	Silent    string `json:"silent"`
+	OK        bool   `json:"ok"`
+}
+
+// Finding is a port that is not as the policy says, or of which nothing can be
+// said (observed "unknown").
+type Finding struct {
+	Family    string `json:"family"`  // ipv4 or ipv6
+	Address   string `json:"address"` // the probed one
+	Protocol  string `json:"protocol"`
+	Port      uint16 `json:"port"`
+	Probe     string `json:"probe"` // "syn from 203.0.113.78 by eth0"
+	Expected  string `json:"expected"`
+	Observed  State  `json:"observed"`
+	Reason    string `json:"reason"`
+	Rule      string `json:"rule"` // that should admit it, or ""
+	Interface string `json:"interface,omitempty"`
+}
+
+// MarshalJSON gives the lower-case word.
+func (s State) MarshalJSON() ([]byte, error) { return json.Marshal(s.String()) }
+
+// MarshalJSON gives the lower-case word.
+func (v Verdict) MarshalJSON() ([]byte, error) { return json.Marshal(v.String()) }
+
+// JudgeConfig is what [Judge] needs besides what was seen.
+type JudgeConfig struct {
+	Target, Vantage string
+	Rules           *rules.Ruleset
+	Views           []View
+	// HostProof, if not nil, is what a tripwire on the host recorded.
+	HostProof *HostProof
+}
+
+// HostProof is a tripwire's record of a run.
+type HostProof struct {
+	Arrived map[rules.Protocol]map[uint16]uint64 // packets by source port
+	Passed  map[Passage]bool                     // behind the last input and forward chain
+	Gate    map[Passage]bool                     // behind the gate
+}
+
+// Judge holds what a sweep showed against the policy.
+func Judge(cfg JudgeConfig, res *Result) *Report {
+	r := &Report{
+		Schema: 1, Target: cfg.Target, Vantage: cfg.Vantage, Proof: "packets", Bound: res.Bound,
+		Seconds: res.Elapsed.Seconds(), Probes: res.Probes, States: map[string]States{},
+		Openings: []Opening{}, Restrictions: []Restriction{}, Findings: []Finding{}, Notes: []string{},
+	}
+	if cfg.HostProof != nil {
+		r.Proof = "host"
+	}
+	j := judge{cfg: cfg, report: r}
+	for i := range cfg.Views {
+		j.view(&cfg.Views[i], &res.Paths[i])
+	}
+	r.Notes = append(r.Notes, j.notes()...)
+	sort.SliceStable(r.Findings, func(a, b int) bool {
+		x, y := &r.Findings[a], &r.Findings[b]
+		if (x.Observed == Unknown) != (y.Observed == Unknown) {
+			return y.Observed == Unknown
+		}
+		if x.Port != y.Port {
+			return x.Port < y.Port
+		}
+		return x.Protocol < y.Protocol
+	})
+	for _, f := range r.Findings {
+		if f.Observed != Unknown {
+			r.Verdict = Fail
+			break
+		}
+		r.Verdict = Inconclusive
+	}
+	return r
+}
+
+type judge struct {
+	cfg      JudgeConfig
+	report   *Report
+	unproved int // UDP ports whose silence nothing but the path vouches for
+	either   int // ports that hang on an interface we do not know
+	silent   []string
+}
+
+func (j *judge) view(v *View, res *PathResult) {
+	e := newExpecter(j.cfg.Rules, v)
+	restriction := Restriction{Rule: v.Rule, Interface: v.In, From: v.Path.Src.String(), Place: v.Place, OK: true}
+	var open, silent []string
+	fam := "ipv6"
+	if v.Path.Dst.Is4() {
+		fam = "ipv4"
+	}
+	for _, proto := range []rules.Protocol{rules.TCP, rules.UDP} {
+		ports, answers, sent := v.Path.TCP, res.TCP, res.SentTCP
+		if proto == rules.UDP {
+			ports, answers, sent = v.Path.UDP, res.UDP, res.SentUDP
+		}
+		if len(ports) == 0 {
+			continue
+		}
+		exact := j.cfg.HostProof != nil && sent > 0 && j.cfg.HostProof.Arrived[proto][v.Path.SrcPort] >= sent
+		byState := [len(stateNames)][]uint16{}
+		for i, port := range ports {
+			a := j.settle(v, proto, port, answers[i], exact)
+			x := e.expect(&v.Path, proto, port)
+			byState[a.State] = append(byState[a.State], port)
+			name := fmt.Sprintf("%d/%s", port, proto)
+			if a.State == Open || a.State == Closed {
+				open = append(open, name)
+			} else {
+				silent = append(silent, name)
+			}
+			if v.Sweep() {
+				j.report.ports++
+				*j.report.Counts.of(a.State)++
+				if x.Outcome == rules.OutcomeOpen && !x.Either {
+					j.report.Openings = append(j.report.Openings, Opening{fam, proto.String(), port, x.Rule, a.State})
+				}
+			}
+			switch {
+			case x.Either:
+				j.either++
+				continue
+			case proto == rules.UDP && a.State == Filtered && !exact:
+				j.unproved++
+				if x.Outcome == rules.OutcomeOpen {
+					// Without host proof a listed UDP service may simply not answer.
+					j.silent = append(j.silent, name)
+					continue
+				}
+			}
+			if !x.agrees(a, proto) {
+				restriction.OK = false
+				j.finding(v, fam, proto, port, a, x, res)
+			}
+		}
+		if v.Sweep() {
+			j.report.States[proto.String()+fam[3:]] = States{
+				Open: Ranges(byState[Open]), Closed: Ranges(byState[Closed]), Rejected: Ranges(byState[Rejected]),
+				Filtered: Ranges(byState[Filtered]), Unknown: Ranges(byState[Unknown]),
+			}
+		}
+	}
+	if !v.Sweep() {
+		restriction.Open, restriction.Silent = strings.Join(open, ","), strings.Join(silent, ",")
+		j.report.Restrictions = append(j.report.Restrictions, restriction)
+	}
+}
+
+// settle adds what the tripwire saw to what came back.
+func (j *judge) settle(v *View, proto rules.Protocol, port uint16, a Answer, exact bool) Answer {
+	if j.cfg.HostProof == nil || (a.State != Filtered && a.State != Unknown) {
+		return a
+	}
+	key := Passage{SrcPort: v.Path.SrcPort, DstPort: port, Protocol: proto, IPv6: !v.Path.Dst.Is4()}
+	switch {
+	case j.cfg.HostProof.Passed[key]:
+		return Answer{Closed, PassedFirewall}
+	case exact && j.cfg.HostProof.Gate[key]:
+		return Answer{Filtered, PassedGate}
+	case exact:
+		return Answer{Filtered, NoResponse}
+	}
+	return a
+}
+
+func (j *judge) finding(v *View, fam string, proto rules.Protocol, port uint16, a Answer, x Expectation, res *PathResult) {
+	probe := "syn"
+	if proto == rules.UDP {
+		probe = "datagram"
+	}
+	probe += " from " + v.Path.Src.String()
+	if v.In != "" {
+		probe += " by " + v.In
+	}
+	reason := a.Reason.String()
+	if from, ok := res.From[Target{proto, port}]; ok {
+		reason += " from " + from.String()
+	}
+	j.report.Findings = append(j.report.Findings, Finding{
+		Family: fam, Address: v.Path.Dst.String(), Protocol: proto.String(), Port: port, Probe: probe,
+		Expected: x.Outcome.String(), Observed: a.State, Reason: reason, Rule: x.Rule, Interface: v.In,
+	})
+}
+
+func (j *judge) notes() []string {
+	var out []string
+	if j.unproved > 0 {
+		out = append(out, fmt.Sprintf("%s: unproved: silence (no host proof)", count(j.unproved, "UDP port", "UDP ports")))
+	}
+	if len(j.silent) > 0 {
+		out = append(out, fmt.Sprintf("listed but silent: %s: over UDP that may be a service that does not answer", strings.Join(j.silent, ", ")))
+	}
+	if j.either > 0 {
+		out = append(out, fmt.Sprintf("%s not judged: the policy decides by interface, and which one the probes enter by is not known here", count(j.either, "port", "ports")))
+	}
+	return out
+}
+
+// Ranges writes ascending ports as "1-21,23".
+func Ranges(ports []uint16) string {
+	var b strings.Builder
+	for i := 0; i < len(ports); {
+		k := i
+		for k+1 < len(ports) && ports[k+1] == ports[k]+1 {
+			k++
+		}
+		if b.Len() > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString(rules.PortRange{Lo: ports[i], Hi: ports[k]}.String())
+		i = k + 1
+	}
+	return b.String()
+}
+
+func count(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return thousands(n) + " " + many
+}
+
+// thousands writes 131067 as "131,067".
+func thousands(n int) string {
+	s := fmt.Sprint(n)
+	for i := len(s) - 3; i > 0; i -= 3 {
+		s = s[:i] + "," + s[i:]
+	}
+	return s
+}
+
+// WriteText writes the report for people: failures first, what is fine folded.
+func (r *Report) WriteText(w io.Writer) error {
+	var b strings.Builder
+	r.findings(&b)
+	r.openings(&b)
+	r.rest(&b)
+	r.restrictions(&b)
+	for _, n := range r.Notes {
+		fmt.Fprintf(&b, "  note %s\n", n)
+	}
+	r.conclusion(&b)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// mostFindings bounds the lines of the text; the JSON has them all.
+const mostFindings = 40
+
+// findings folds neighbouring ports of one kind into one line.
+func (r *Report) findings(b *strings.Builder) {
+	type group struct {
+		first Finding
+		ports []uint16
+	}
+	key := func(f Finding) string {
+		return strings.Join([]string{f.Family, f.Protocol, f.Probe, f.Expected, f.Observed.String(), f.Reason, f.Rule}, "\x00")
+	}
+	var order []string
+	groups := map[string]*group{}
+	for _, f := range r.Findings {
+		k := key(f)
+		g := groups[k]
+		if g == nil {
+			g = &group{first: f}
+			groups[k] = g
+			order = append(order, k)
+		}
+		g.ports = append(g.ports, f.Port)
+	}
+	for i, k := range order {
+		if i == mostFindings {
+			fmt.Fprintf(b, "  …    %s more; --json lists every one\n", count(len(order)-i, "group of findings", "groups of findings"))
+			break
+		}
+		g := groups[k]
+		slices.Sort(g.ports)
+		f := g.first
+		word := "FAIL"
+		if f.Observed == Unknown {
+			word = "?   "
+		}
+		rule := ""
+		if f.Rule != "" {
+			rule = fmt.Sprintf("  %q", f.Rule)
+		}
+		fmt.Fprintf(b, "  %s %-14s %-9s expected %-9s %s%s  (%s, %s)\n", word, Ranges(g.ports)+"/"+f.Protocol, f.Observed, f.Expected, f.Reason, rule, f.Family, f.Probe)
+	}
+}
+
+// openings lists the listed ports that are reachable, both families in one line.
+func (r *Report) openings(b *strings.Builder) {
+	type row struct {
+		port     uint16
+		protocol string
+	}
+	var order []row
+	families := map[row][]Opening{}
+	for _, o := range r.Openings {
+		k := row{o.Port, o.Protocol}
+		if families[k] == nil {
+			order = append(order, k)
+		}
+		families[k] = append(families[k], o)
+	}
+	sort.SliceStable(order, func(i, j int) bool { return order[i].port < order[j].port })
+	const most = 20
+	shown := 0
+	for _, k := range order {
+		os := families[k]
+		bad := slices.ContainsFunc(os, func(o Opening) bool { return o.State != Open && o.State != Closed })
+		if bad {
+			continue // a finding or a note tells
+		}
+		if shown++; shown > most {
+			continue
+		}
+		state := os[0].State.String()
+		if os[0].State == Closed {
+			state = "closed" // reachable, nobody listens
+		}
+		only := ""
+		if len(os) == 1 {
+			only = "  " + os[0].Family + " only"
+		}
+		listens := ""
+		if os[0].State == Closed {
+			listens = "  reachable, but nobody listens"
+		}
+		fmt.Fprintf(b, "  ok   %-14s %-9s %q%s%s\n", fmt.Sprintf("%d/%s", k.port, k.protocol), state, os[0].Rule, only, listens)
+	}
+	if shown > most {
+		fmt.Fprintf(b, "  ok   %s more listed, reachable\n", thousands(shown-most))
+	}
+}
+
+func (r *Report) rest(b *strings.Builder) {
+	for _, key := range []string{"tcp4", "tcp6", "udp4", "udp6"} {
+		s, ok := r.States[key]
+		if !ok {
+			continue
+		}
+		for _, part := range []struct{ state, ports string }{{"filtered", s.Filtered}, {"rejected", s.Rejected}} {
+			if part.ports != "" {
+				fmt.Fprintf(b, "       %-14s %-9s %s\n", key, part.state, shorten(part.ports, 90))
+			}
+		}
+	}
+}
+
+// shorten cuts a list of ranges at a comma.
+func shorten(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	cut := strings.LastIndexByte(s[:most], ',')
+	return fmt.Sprintf("%s,… (%s more)", s[:cut], count(strings.Count(s[cut:], ","), "range", "ranges"))
+}
+
+// restrictions folds the views that are as they should be into a line a rule.
+func (r *Report) restrictions(b *strings.Builder) {
+	var order []string
+	type tally struct{ inside, outside, bad int }
+	rulesSeen := map[string]*tally{}
+	for _, v := range r.Restrictions {
+		t := rulesSeen[v.Rule]
+		if t == nil {
+			t = &tally{}
+			rulesSeen[v.Rule] = t
+			order = append(order, v.Rule)
+		}
+		switch {
+		case !v.OK:
+			t.bad++
+		case v.Open != "":
+			t.inside++
+		default:
+			t.outside++
+		}
+	}
+	for _, name := range order {
+		t := rulesSeen[name]
+		if t.bad == 0 {
+			fmt.Fprintf(b, "  ok   %-24s reachable from %s it admits, silent to %s it does not\n",
+				fmt.Sprintf("restricted %q", name), count(t.inside, "source", "sources"), count(t.outside, "source", "sources"))
+		}
+	}
+}
+
+func (r *Report) conclusion(b *strings.Builder) {
+	took := time.Duration(r.Seconds * float64(time.Second)).Round(100 * time.Millisecond)
+	proof := fmt.Sprintf("chance that a TCP answer was missed ≤ %.0e", r.Bound)
+	if r.Proof == "host" {
+		proof += "; UDP proven on the host: a tripwire saw every probe arrive and none pass"
+	}
+	views := ""
+	if n := len(r.Restrictions); n > 0 {
+		views = fmt.Sprintf(" and %s of restricted openings", count(n, "view", "views"))
+	}
+	switch r.Verdict {
+	case Pass:
+		fmt.Fprintf(b, "PASS: %s%s as the policy says, %s; %s\n", count(r.ports, "port", "ports"), views, took, proof)
+	case Fail:
+		n := 0
+		for _, f := range r.Findings {
+			if f.Observed != Unknown {
+				n++
+			}
+		}
+		fmt.Fprintf(b, "FAIL: %s in %s%s, %s\n", count(n, "finding", "findings"), count(r.ports, "port", "ports"), views, took)
+	case Inconclusive:
+		fmt.Fprintf(b, "INCONCLUSIVE: nothing can be said of %s: no canary answered there, so silence proves nothing\n", count(len(r.Findings), "port", "ports"))
+	}
+}
