@@ -74,6 +74,24 @@ func runHelper(name string) int {
 		time.Sleep(200 * time.Millisecond) // the daemons start
 		fmt.Println("ready")
 		time.Sleep(time.Hour)
+	case "isolate-few-files":
+		if err := EnterIsolated(); err != nil {
+			return fail(err)
+		}
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1100, Max: 1100}); err != nil {
+			return fail(err)
+		}
+		most := MaxListeners()
+		if most > 1100-reservedFDs || most < 700 {
+			return fail(fmt.Errorf("MaxListeners %d of 1100", most))
+		}
+		l, err := Listen(Here, SpreadPorts(nil, most), nil)
+		if err != nil {
+			return fail(fmt.Errorf("MaxListeners %d: %w", most, err))
+		}
+		l.Close()
+		_, err = Listen(Here, SpreadPorts(nil, 2000), nil)
+		return fail(err)
 	case "no-user-namespaces":
 		// In a user namespace of its own, whose limit is nobody else's.
 		if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0o644); err != nil {
