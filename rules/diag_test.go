@@ -1,0 +1,197 @@
+package rules_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/rogpeppe/go-internal/txtar"
+
+	"deadlight/rules"
+)
+
+var update = flag.Bool("update", false, "rewrite the expected output in testdata")
+
+// Every testdata/errors/*.txtar holds a policy and what is printed of it. A
+// policy of bytes that no text file may hold is written as a Go string in
+// "quoted".
+func TestProblems(t *testing.T) {
+	files, err := filepath.Glob("testdata/errors/*.txtar")
+	if err != nil || len(files) < 45 {
+		t.Fatalf("found %d files, want at least 45 (%v)", len(files), err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
+			archive, err := txtar.ParseFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var src []byte
+			var want *txtar.File
+			for i := range archive.Files {
+				f := &archive.Files[i]
+				switch f.Name {
+				case "policy.toml":
+					src = f.Data
+				case "quoted":
+					s, err := strconv.Unquote(strings.TrimSpace(string(f.Data)))
+					if err != nil {
+						t.Fatal(err)
+					}
+					src = []byte(s)
+				case "want":
+					want = f
+				}
+			}
+			if *update && want == nil {
+				archive.Files = append(archive.Files, txtar.File{Name: "want"})
+				want = &archive.Files[len(archive.Files)-1]
+			}
+			if want == nil {
+				t.Fatal("no section want")
+			}
+
+			policy, problems := rules.Parse("policy.toml", src)
+			var out bytes.Buffer
+			consequence := "deadlight: " + rules.Summary(problems)
+			if policy == nil {
+				consequence += ": policy not loaded"
+			}
+			if err := rules.Render(&out, problems, consequence); err != nil {
+				t.Fatal(err)
+			}
+			if *update {
+				want.Data = out.Bytes()
+				if err := os.WriteFile(file, txtar.Format(archive), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if len(problems) == 0 {
+				t.Error("no problem was found")
+			}
+			if diff := cmp.Diff(string(want.Data), out.String()); diff != "" {
+				t.Errorf("output differs (-want +got):\n%s", diff)
+			}
+			hasError := false
+			for _, p := range problems {
+				hasError = hasError || p.Severity == rules.Error
+			}
+			if hasError != (policy == nil) {
+				t.Errorf("error is %v, policy is nil: %v", hasError, policy == nil)
+			}
+		})
+	}
+}
+
+func problem(line string, column, width int) rules.Problem {
+	return rules.Problem{Pos: rules.Pos{File: "p.toml", Line: 14, Column: column}, Width: width, Line: line, Summary: "fact"}
+}
+
+func TestProblemString(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		give rules.Problem
+		want string
+	}{
+		{"brief", rules.Problem{
+			Pos:   rules.Pos{File: "/etc/deadlight/policy.toml", Line: 14, Column: 12},
+			Width: 8, Line: `ports   = ["443-80"]`,
+			Summary: `port range runs backwards: "443-80"`, Hint: `did you mean "80-443"?`,
+		}, `/etc/deadlight/policy.toml:14:12: error: port range runs backwards: "443-80"
+   14 | ports   = ["443-80"]
+      |            ^^^^^^^^
+      = hint: did you mean "80-443"?`},
+		{"nowhere", rules.Problem{Severity: rules.Warning, Pos: rules.Pos{File: "p.toml"}, Summary: "fact"}, "p.toml: warning: fact"},
+		{"tab", problem("\ta\tb", 4, 1), "p.toml:14:4: error: fact\n   14 |     a    b\n      |          ^"},
+		{"escape", problem("a\x1b[31mb", 7, 1), "p.toml:14:7: error: fact\n   14 | a\\x1b[31mb\n      |          ^"},
+		{"caret under an escape", problem("a\u202eb", 2, 1), "p.toml:14:2: error: fact\n   14 | a\\u202eb\n      |  ^^^^^^"},
+		{"invalid", problem("a\xffb", 3, 1), "p.toml:14:3: error: fact\n   14 | a\\xffb\n      |      ^"},
+		{"wide", problem("名前b", 3, 1), "p.toml:14:3: error: fact\n   14 | 名前b\n      |     ^"},
+		{"combining", problem("e\u0301b", 3, 1), "p.toml:14:3: error: fact\n   14 | e\u0301b\n      |  ^"},
+		{"past the end", problem("ab", 3, 1), "p.toml:14:3: error: fact\n   14 | ab\n      |   ^"},
+		{"summary", rules.Problem{Pos: rules.Pos{File: "a\nb", Line: 1, Column: 1}, Summary: "x\x1b\u009b\ty", Hint: "\u2066"},
+			"a\\nb:1:1: error: x\\x1b\\u009b\\ty\n      = hint: \\u2066"},
+		{"long line", problem(strings.Repeat("a", 300)+"HERE"+strings.Repeat("b", 300), 301, 4),
+			"p.toml:14:301: error: fact\n   14 | …" + strings.Repeat("a", 60) + "HERE" + strings.Repeat("b", 96) +
+				"…\n      | " + strings.Repeat(" ", 61) + "^^^^"},
+		{"long value", problem(strings.Repeat("a", 300), 1, 300),
+			"p.toml:14:1: error: fact\n   14 | " + strings.Repeat("a", 160) + "…\n      | " + strings.Repeat("^", 160)},
+		{"exactly wide enough", problem(strings.Repeat("a", 160), 160, 1),
+			"p.toml:14:160: error: fact\n   14 | " + strings.Repeat("a", 160) + "\n      | " + strings.Repeat(" ", 159) + "^"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if diff := cmp.Diff(test.want, test.give.String()); diff != "" {
+				t.Errorf("differs (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// A line is shown the same whether or not the problem before it was on it.
+func TestRenderSameLine(t *testing.T) {
+	line := strings.Repeat("é", 400)
+	var problems []rules.Problem
+	want := ""
+	for _, column := range []int{1, 200, 390, 7, 390} {
+		p := problem(line, column, 2)
+		problems = append(problems, p)
+		want += p.String() + "\n"
+	}
+	var out bytes.Buffer
+	if err := rules.Render(&out, problems, ""); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, out.String()); diff != "" {
+		t.Errorf("differs (-want +got):\n%s", diff)
+	}
+}
+
+type fullDisk struct{}
+
+var errFull = errors.New("disk is full")
+
+func (fullDisk) Write([]byte) (int, error) { return 0, errFull }
+
+func TestRenderWriteError(t *testing.T) {
+	if err := rules.Render(fullDisk{}, []rules.Problem{problem("a", 1, 1)}, ""); !errors.Is(err, errFull) {
+		t.Errorf("got %v", err)
+	}
+	if err := rules.Render(fullDisk{}, nil, "deadlight: 1 error"); !errors.Is(err, errFull) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestSummary(t *testing.T) {
+	e, w := rules.Problem{}, rules.Problem{Severity: rules.Warning}
+	for want, give := range map[string][]rules.Problem{
+		"":                    nil,
+		"1 error":             {e},
+		"2 errors":            {e, e},
+		"1 warning":           {w},
+		"1 error, 2 warnings": {w, e, w},
+	} {
+		if got := rules.Summary(give); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestProblemJSON(t *testing.T) {
+	got, err := json.Marshal([]rules.Problem{{
+		Severity: rules.Warning, Pos: rules.Pos{File: "p.toml", Line: 3, Column: 7}, Width: 2, Line: "secret", Summary: "fact", Hint: "do this",
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `[{"severity":"warning","file":"p.toml","line":3,"column":7,"summary":"fact","hint":"do this"}]`
+	if diff := cmp.Diff(want, string(got)); diff != "" {
+		t.Errorf("differs (-want +got):\n%s", diff)
+	}
+}

@@ -1,0 +1,205 @@
+package rules
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/BurntSushi/toml"
+)
+
+// Limits that keep a hostile file from costing more than its size.
+const (
+	maxSize    = 64 << 20
+	maxNesting = 16   // brackets within brackets, and parts of a dotted key
+	maxWord    = 4096 // bytes of a string, a key or a number
+	maxFound   = 1000 // problems reported in full
+)
+
+// Parse reads a policy. file is only a name for messages. The Policy is nil if
+// any of the problems is an error; the problems stand in file order.
+func Parse(file string, src []byte) (*Policy, []Problem) {
+	if len(src) > maxSize {
+		return nil, []Problem{{
+			Pos:     Pos{file, 1, 1},
+			Width:   1,
+			Summary: fmt.Sprintf("file is larger than %d MiB", maxSize>>20),
+			Hint:    "a policy of 10,000 rules takes about 1 MiB: is this the right file?",
+		}}
+	}
+	r := newReader(file, withoutBOM(src))
+	root, ok := r.decode()
+	if !ok {
+		return nil, r.problems()
+	}
+	p := r.policy(root)
+	problems := r.problems()
+	if r.errors > 0 {
+		return nil, problems
+	}
+	return p, problems
+}
+
+// withoutBOM drops the byte order mark that some editors write.
+func withoutBOM(src []byte) []byte {
+	const bom = "\xef\xbb\xbf"
+	for bytes.HasPrefix(src, []byte(bom)) {
+		src = src[len(bom):]
+	}
+	return src
+}
+
+// decode gives the tree of the document, with the place of everything in it.
+func (r *reader) decode() (value, bool) {
+	if at, c, ok := findUnreadable(r.src); ok {
+		r.report(Error, at, c)
+		return value{}, false
+	}
+	if at, c, ok := findExcess(r.src); ok {
+		r.report(Error, at, c)
+		return value{}, false
+	}
+	tree, err := decodeTOML(r.src)
+	if err != nil {
+		at, c := r.syntax(err)
+		r.report(Error, at, c)
+		return value{}, false
+	}
+	return value{v: tree, at: scan(r.src).root}, true
+}
+
+// decodeTOML turns a panic of the library into an error: a policy may be
+// anything, and the guards must not die of it.
+func decodeTOML(src []byte) (tree any, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = errors.New("cannot be read as TOML")
+		}
+	}()
+	_, err = toml.NewDecoder(bytes.NewReader(src)).Decode(&tree)
+	return tree, err
+}
+
+// findUnreadable finds the first byte that no TOML file may hold.
+func findUnreadable(src []byte) (span, complaint, bool) {
+	if bytes.HasPrefix(src, []byte("\xff\xfe")) || bytes.HasPrefix(src, []byte("\xfe\xff")) ||
+		bytes.IndexByte(src[:min(len(src), 4)], 0) >= 0 {
+		return span{}, complaint{"file is not UTF-8 text; it looks like UTF-16", "save it as UTF-8"}, true
+	}
+	for i := 0; i < len(src); {
+		b := src[i]
+		switch {
+		case b >= utf8.RuneSelf:
+			_, n := utf8.DecodeRune(src[i:])
+			if n == 1 {
+				return span{int32(i), int32(i + 1)}, complaint{fmt.Sprintf("byte 0x%02x is not UTF-8 text", b), "save the file as UTF-8"}, true
+			}
+			i += n
+			continue
+		case b == '\r' && i+1 < len(src) && src[i+1] == '\n', b == '\n', b == '\t':
+		case b < ' ' || b == 0x7f:
+			return span{int32(i), int32(i + 1)}, complaint{fmt.Sprintf("control character U+%04X in the file", b), "remove it"}, true
+		}
+		i++
+	}
+	return span{}, complaint{}, false
+}
+
+// findExcess finds what would cost a recursive parser its stack or its memory:
+// deep nesting and long words. It must hold for broken documents too.
+func findExcess(src []byte) (span, complaint, bool) {
+	s := &scanner{src: src}
+	depth, parts := 0, 0
+	for s.skip() && !s.broken {
+		start := s.pos
+		switch c := s.peek(); {
+		case c == '"' || c == '\'':
+			quote := string(c)
+			if three := quote + quote + quote; s.has(three) {
+				quote = three
+			}
+			s.quoted(quote)
+		case bareKey(c):
+			for bareKey(s.peek()) {
+				s.pos++
+			}
+		default:
+			s.pos++
+			switch c {
+			case '[', '{':
+				depth, parts = depth+1, 0
+			case ']', '}':
+				depth = max(0, depth-1)
+			case '.':
+				parts++
+			case '=', ',':
+				parts = 0
+			}
+		}
+		if depth >= maxNesting || parts >= maxNesting {
+			return s.since(start), complaint{"nested too deeply", fmt.Sprintf("a policy has fewer than %d levels", maxNesting)}, true
+		}
+		if s.pos-start > maxWord {
+			return span{int32(start), int32(start + 1)}, complaint{fmt.Sprintf("word of more than %d bytes", maxWord), "is a quote missing?"}, true
+		}
+	}
+	return span{}, complaint{}, false
+}
+
+// syntax puts an error of the TOML library into our words.
+func (r *reader) syntax(err error) (span, complaint) {
+	var pe toml.ParseError
+	if !errors.As(err, &pe) {
+		return span{}, complaint{printable(err.Error()), "please report this file as a bug"}
+	}
+	size := int32(len(r.src))
+	at := span{int32(pe.Position.Start), int32(pe.Position.Start + max(1, pe.Position.Len))}
+	at.start = min(max(at.start, 0), size)
+	at.end = min(max(at.end, at.start), size)
+
+	message := strings.TrimSuffix(pe.Message, ".")
+	if name, ok := strings.CutSuffix(message, "' has already been defined"); ok {
+		c := complaint{strings.TrimPrefix(name, "Key '") + " is defined twice", "merge the two, or give one another name"}
+		if s := scan(r.src); r.lines.at(s.again).line == r.lines.at(at).line {
+			c.hint = fmt.Sprintf("first defined at line %d: merge the two, or give one another name", r.lines.at(s.first).line)
+			at = s.again
+		}
+		return at, c
+	}
+	if word, ok := r.unquoted(at); ok {
+		return word, complaint{"text without quotes: " + cut(word.text(r.src)), "did you mean " + quote(word.text(r.src)) + "?"}
+	}
+	if message != "" && !strings.HasPrefix(message, "TOML") {
+		message = strings.ToLower(message[:1]) + message[1:]
+	}
+	return at, complaint{summary: printable(message)}
+}
+
+// unquoted finds the word at a syntax error, if it stands where a value is due
+// and could be meant as text: an address, a range of ports, a name.
+func (r *reader) unquoted(at span) (span, bool) {
+	const ends = " \t\r\n,=[]{}#\"'"
+	start, end := int(at.start), int(at.start)
+	for start > 0 && strings.IndexByte(ends, r.src[start-1]) < 0 {
+		start--
+	}
+	for end < len(r.src) && strings.IndexByte(ends, r.src[end]) < 0 {
+		end++
+	}
+	before := bytes.TrimRight(r.src[:start], " \t")
+	if start == end || len(before) == 0 || strings.IndexByte("=,[", before[len(before)-1]) < 0 {
+		return span{}, false
+	}
+	// A [header] or an array that begins a line is not a value.
+	line := before[bytes.LastIndexByte(before, '\n')+1:]
+	if bytes.HasPrefix(bytes.TrimLeft(line, " \t"), []byte("[")) && !bytes.ContainsRune(line, '=') {
+		return span{}, false
+	}
+	word := string(r.src[start:end])
+	if strings.Trim(word, "0123456789_+-") == "" && !strings.Contains(strings.TrimLeft(word, "+-"), "-") {
+		return span{}, false
+	}
+	return span{int32(start), int32(end)}, true
+}
