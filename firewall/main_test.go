@@ -83,7 +83,7 @@ func ruleset(t testing.TB, text string) *rules.Ruleset {
 	p, problems := rules.Parse("policy.toml", []byte("version = 1\n"+text))
 	if p == nil {
 		var b strings.Builder
-		rules.Render(&b, problems)
+		rules.Render(&b, problems, "")
 		t.Fatalf("parse:\n%s", b.String())
 	}
 	return rules.Compile(p)

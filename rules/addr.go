@@ -20,18 +20,8 @@ func (r AddrRange) Prefix() (netip.Prefix, bool) {
 		break
 	}
 	p := netip.PrefixFrom(r.Lo, bits)
-	if p.Masked().Addr() != r.Lo || lastOf(p) != r.Hi {
+	if p.Masked().Addr() != r.Lo || lastAddr(p) != r.Hi {
 		return netip.Prefix{}, false
 	}
 	return p, true
-}
-
-// lastOf gives the highest address of a prefix.
-func lastOf(p netip.Prefix) netip.Addr {
-	b := p.Addr().AsSlice()
-	for i := p.Bits(); i < len(b)*8; i++ {
-		b[i/8] |= 0x80 >> (i % 8)
-	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
 }

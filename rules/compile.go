@@ -349,13 +349,17 @@ func (c *compiler) openSets() {
 		listed := Set{Name: listedSet(p), Type: TypePort}
 		seen := map[string]string{}
 		for _, s := range segs {
-			m.Interval = m.Interval || s.ports.Lo != s.ports.Hi
-			m.Ports = append(m.Ports, s.ports)
-			m.Targets = append(m.Targets, c.target(p, s, seen))
 			listed.Ports = append(listed.Ports, s.ports)
+			target := c.target(p, s, seen)
+			if n := len(m.Ports) - 1; n >= 0 && m.Ports[n].Hi+1 == s.ports.Lo && m.Targets[n] == target {
+				m.Ports[n].Hi = s.ports.Hi // another opening begins or ends here, but adds nothing
+			} else {
+				m.Ports, m.Targets = append(m.Ports, s.ports), append(m.Targets, target)
+			}
 		}
+		m.Interval = slices.ContainsFunc(m.Ports, isRange)
 		listed.Ports = mergePorts(listed.Ports)
-		listed.Interval = slices.ContainsFunc(listed.Ports, func(r PortRange) bool { return r.Lo != r.Hi })
+		listed.Interval = slices.ContainsFunc(listed.Ports, isRange)
 		c.sets = append(c.sets, m, listed)
 	}
 	used := map[string]bool{}
@@ -384,6 +388,8 @@ func (c *compiler) openSets() {
 		}
 	}
 }
+
+func isRange(r PortRange) bool { return r.Lo != r.Hi }
 
 // target is the chain that judges a segment: that of its one opening, or one
 // that asks each in turn.
@@ -455,19 +461,6 @@ func splitFamilies(ranges []AddrRange) (v4, v6 []AddrRange) {
 		k = len(ranges)
 	}
 	return ranges[:k], ranges[k:]
-}
-
-// mergePorts joins neighbours of an ascending, disjoint list.
-func mergePorts(in []PortRange) []PortRange {
-	var out []PortRange
-	for _, r := range in {
-		if n := len(out); n > 0 && out[n-1].Hi+1 == r.Lo {
-			out[n-1].Hi = r.Hi
-			continue
-		}
-		out = append(out, r)
-	}
-	return out
 }
 
 // openChains gives each opening its chain: the restrictions, then the verdict.

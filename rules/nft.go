@@ -49,7 +49,7 @@ func (r Rule) NFT() string {
 		words = append(words, e.nft())
 	}
 	if r.Comment != "" {
-		words = append(words, "comment "+quote(r.Comment))
+		words = append(words, "comment "+nftString(r.Comment))
 	}
 	return strings.Join(words, " ")
 }
@@ -91,7 +91,7 @@ func (s *Set) Elements() []string {
 		out = append(out, a.String())
 	}
 	for _, n := range s.Names {
-		out = append(out, quote(n))
+		out = append(out, nftString(n))
 	}
 	for _, c := range s.Codes {
 		out = append(out, fmt.Sprint(c))
@@ -110,14 +110,14 @@ func (r AddrRange) String() string {
 	return r.Lo.String() + "-" + r.Hi.String()
 }
 
-// quote writes an nft string: nft knows no escapes, so what could end one is
+// nftString writes an nft string: nft knows no escapes, so what could end one is
 // left out. Policy strings hold no control characters.
-func quote(s string) string { return `"` + strings.ReplaceAll(s, `"`, "'") + `"` }
+func nftString(s string) string { return `"` + strings.ReplaceAll(s, `"`, "'") + `"` }
 
 func (m Match) nft() string {
 	switch m.Field {
 	case MetaIifname, FibDaddrOifname:
-		return fmt.Sprintf("%s %s", m.Field, quote(m.Name))
+		return fmt.Sprintf("%s %s", m.Field, nftString(m.Name))
 	case IPSaddr, IPDaddr, IP6Saddr, IP6Daddr:
 		if m.Prefix.IsSingleIP() {
 			return fmt.Sprintf("%s %s", m.Field, m.Prefix.Addr())

@@ -40,11 +40,16 @@ func (e *CommandError) Unwrap() error { return e.Err }
 // listeners behind listed and unlisted ports, probes the host from outside and
 // judges what it saw. It must run in a process that [Isolate] started.
 func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
-	outlook, err := NewOutlook(cfg.Rules, HasIPv6())
+	ipv6 := hasIPv6()
+	outlook, err := NewOutlook(cfg.Rules, ipv6)
 	if err != nil {
 		return nil, err
 	}
-	w, err := NewWorld(WorldConfig{Host4: outlook.Host4, Host6: outlook.Host6, Links: outlook.Links})
+	world := WorldConfig{Host4: outlook.Host4, Links: outlook.Links}
+	if ipv6 {
+		world.Host6 = outlook.Host6
+	}
+	w, err := NewWorld(world)
 	if err != nil {
 		return nil, fmt.Errorf("build the throw-away host: %w", err)
 	}
@@ -53,7 +58,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		return nil, err
 	}
 	tcp, udp := listening(cfg.Rules, MaxListeners())
-	l, err := Listen(w, tcp.all(), udp.all())
+	l, err := Listen(w.Host, tcp.all(), udp.all())
 	if err != nil {
 		return nil, fmt.Errorf("start listeners: %w", err)
 	}
@@ -70,7 +75,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		v.Path.Link = w.Link(v.In)
 		paths[i], sports[i] = v.Path, v.Path.SrcPort
 	}
-	trip, err := ArmTripwire(w, sports)
+	trip, err := ArmTripwire(w.Host, sports)
 	if err != nil {
 		return nil, fmt.Errorf("arm the tripwire: %w", err)
 	}
@@ -100,7 +105,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		report.Notes = append(report.Notes, fmt.Sprintf("no listener behind %s: the limit of open files is too low (ulimit -n)",
 			count(tcp.left+udp.left, "listed port", "listed ports")))
 	}
-	if !HasIPv6() {
+	if !ipv6 {
 		report.Notes = append(report.Notes, "IPv6 is not in this kernel: nothing was probed over it")
 	}
 	return report, nil

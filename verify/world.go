@@ -132,9 +132,7 @@ func (w *World) build(cfg WorldConfig) error {
 	}); err != nil {
 		return err
 	}
-	if _, err := os.Stat("/proc/thread-self/net/if_inet6"); err == nil {
-		w.has6 = true
-	}
+	w.has6 = hasIPv6()
 	if cfg.Host6.IsValid() && !w.has6 {
 		return errors.New("this kernel has no IPv6")
 	}
@@ -352,6 +350,12 @@ func (w *World) awaitCarrier() error {
 		}
 		time.Sleep(time.Millisecond)
 	}
+}
+
+// hasIPv6 reports whether the kernel knows IPv6 at all.
+func hasIPv6() bool {
+	_, err := os.Stat("/proc/thread-self/net/if_inet6")
+	return err == nil
 }
 
 // HasIPv6 reports whether the kernel of this world knows IPv6.

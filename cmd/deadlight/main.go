@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -36,7 +37,8 @@ func run(args []string, e env) (code int) {
 	root := newRootCommand(e)
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
-	if ctx.Err() != nil {
+	var x *exitError
+	if ctx.Err() != nil && !(errors.As(err, &x) && x.err == nil) {
 		fmt.Fprintln(e.stderr, "deadlight: interrupted")
 		return exitInterrupted
 	}

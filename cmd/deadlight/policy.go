@@ -19,14 +19,17 @@ func readPolicy(e env, file, consequence string) (*rules.Ruleset, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(problems) > 0 {
-		rules.Render(e.stderr, problems)
+	if rs != nil {
+		return rs, rules.Render(e.stderr, problems, "")
 	}
-	if rs == nil {
-		printf(e.stderr, "deadlight: %s: %s\n", rules.Summary(problems), consequence)
-		return nil, silently(exitUsage)
-	}
-	return rs, nil
+	return nil, unusable(e, problems, consequence)
+}
+
+// unusable prints the problems that keep a policy from being used and, last, the
+// consequence.
+func unusable(e env, problems []rules.Problem, consequence string) error {
+	last := fmt.Sprintf("deadlight: %s: %s", rules.Summary(problems), consequence)
+	return errors.Join(rules.Render(e.stderr, problems, last), silently(exitUsage))
 }
 
 // parsePolicy reads a policy without printing anything; rs is nil if a problem

@@ -7,7 +7,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"deadlight/rules"
 	"deadlight/verify"
 )
 
@@ -97,9 +96,7 @@ func tryIsolated(ctx context.Context, e env, file string) error {
 		return err
 	}
 	if rs == nil {
-		rules.Render(e.stderr, problems)
-		printf(e.stderr, "deadlight: %s: nothing tried\n", rules.Summary(problems))
-		return silently(exitUsage)
+		return unusable(e, problems, "nothing tried")
 	}
 	code, err := verify.Isolate(ctx, os.Args[1:], e.stdin, e.stdout, e.stderr)
 	if err != nil {
