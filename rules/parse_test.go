@@ -148,6 +148,21 @@ func TestParseTooLarge(t *testing.T) {
 	}
 }
 
+// A file full of errors says how many it has, not all of them.
+func TestParseMany(t *testing.T) {
+	for n, want := range map[int]string{
+		1000: "port 0 is out of range",
+		1001: "1 more problem is not shown",
+		5000: "4000 more problems are not shown",
+	} {
+		_, problems := rules.Parse("p.toml", []byte("version = 1\n[open.a]\nports = ["+strings.Repeat("0,", n)+"]"))
+		last := problems[len(problems)-1]
+		if len(problems) != min(n, 1001) || last.Summary != want || last.Severity != rules.Error {
+			t.Errorf("%d problems, the last %v; want %q", len(problems), last, want)
+		}
+	}
+}
+
 // Merged ports are the ports that were written, in few ascending ranges.
 func TestPortsProperty(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {

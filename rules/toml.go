@@ -73,7 +73,8 @@ func (r *reader) decode() (value, bool) {
 		return value{}, false
 	}
 	if s.again != (span{}) {
-		r.report(Error, s.again, complaint{printable(cut(s.again.text(r.src))) + " is defined twice", fmt.Sprintf("first defined at line %d: remove one", r.lines.at(s.first).line)})
+		at, c := r.twice(s.again)
+		r.report(Error, at, c)
 		return value{}, false
 	}
 	return value{v: tree, at: s.root}, true
@@ -173,11 +174,16 @@ func (r *reader) syntax(err error) (span, complaint) {
 	}
 
 	message := strings.TrimSuffix(pe.Message, ".")
-	if name, ok := strings.CutSuffix(message, "' has already been defined"); ok {
-		return r.twice(at, printable(strings.TrimPrefix(name, "Key '")))
+	if strings.Contains(message, "already been defined") || strings.Contains(message, "was already created") {
+		return r.twice(at)
 	}
-	if word, ok := r.unquoted(at); ok {
-		return word, complaint{"text without quotes: " + printable(cut(word.text(r.src))), "did you mean " + quote(word.text(r.src)) + "?"}
+	if at, ok := r.unquoted(at); ok {
+		word := at.text(r.src)
+		c := complaint{"text without quotes: " + printable(cut(word)), "did you mean " + quote(word) + "?"}
+		if cut(word) != word {
+			c.hint = "put quotes around it"
+		}
+		return at, c
 	}
 	for _, w := range plainWords() {
 		if strings.Contains(message, w.theirs) {
@@ -191,12 +197,13 @@ func (r *reader) syntax(err error) (span, complaint) {
 }
 
 // twice explains a key or table that is defined twice.
-func (r *reader) twice(at span, name string) (span, complaint) {
-	c := complaint{name + " is defined twice", "remove one"}
-	if s := scan(r.src); r.lines.at(s.again).line == r.lines.at(at).line {
+func (r *reader) twice(at span) (span, complaint) {
+	c := complaint{hint: "remove one"}
+	if s := scan(r.src); s.again != (span{}) {
 		at = s.again
 		c.hint = fmt.Sprintf("first defined at line %d: remove one", r.lines.at(s.first).line)
 	}
+	c.summary = printable(cut(at.text(r.src))) + " is defined twice"
 	if strings.HasPrefix(strings.TrimLeft(r.lines.at(at).text, " \t"), "[") {
 		c.hint += ", or give it another name"
 	}
