@@ -66,13 +66,16 @@ func isAddresses(s string) bool {
 func parseNetwork(s string) (AddrRange, *complaint) {
 	left, right, _ := strings.Cut(s, "/")
 	a, bad := parseAddress(left)
-	if bad != nil {
-		if bad.hint == addressHint {
-			bad = &complaint{quote(s) + " is not a network", addressHint}
-		}
+	length, err := strconv.Atoi(right)
+	switch {
+	case bad != nil && bad.hint == addressHint:
+		return AddrRange{}, &complaint{quote(s) + " is not a network", addressHint}
+	case bad != nil && a.Is4In6() && length >= 96:
+		bad.hint = fmt.Sprintf("did you mean %s?", quote(fmt.Sprintf("%s/%d", a.Unmap(), length-96)))
+		return AddrRange{}, bad
+	case bad != nil:
 		return AddrRange{}, bad
 	}
-	length, err := strconv.Atoi(right)
 	if err != nil || strconv.Itoa(length) != right || length < 0 || length > a.BitLen() {
 		c := &complaint{"prefix length is not a number from 0 to " + strconv.Itoa(a.BitLen()) + ": " + quote(s), ""}
 		if mask, err := netip.ParseAddr(right); err == nil && mask.Is4() && a.Is4() {

@@ -58,7 +58,7 @@ func (d *draft) compare(r *reader) {
 	}
 	d.warnCovered(r)
 	for _, name := range d.names {
-		if s := d.sets[name]; !s.used {
+		if s := d.sets[name]; s.sound && !s.used {
 			r.warnf(s.at, fmt.Sprintf("name it in from as %s, or remove it", quote("@"+name)), "set %s is not used", quote(name))
 		}
 	}

@@ -38,7 +38,7 @@ func (s *scope) everyone() bool {
 const effort = 3_000_000
 
 // covering gives for each scope the index of one that covers it, or -1. Of
-// scopes that are equal, the first covers the others.
+// scopes that are equal, an earlier one covers the later ones.
 func covering(scopes []scope) []int {
 	// Rules open to everyone are told apart by port, the others by port or source.
 	wide := &tree[uint16]{}
@@ -72,14 +72,19 @@ func covering(scopes []scope) []int {
 		if a.unsure || len(a.sources) == 0 || left < 0 {
 			continue
 		}
-		candidates := wide.find(a.ports[0].Lo, left)
-		candidates = append(candidates, fewest(ports, a.ports[0].Lo, sources, a.sources[0][0].Lo, left)...)
-		slices.Sort(candidates)
-		for _, j := range slices.Compact(candidates) {
+		// The first that covers will do, so that a thousand twins are no work.
+		try := func(j int) bool {
 			left--
 			if b := &scopes[j]; j != i && b.covers(a, &left) && (j < i || !a.covers(b, &left)) {
 				out[i] = j
-				break
+			}
+			return out[i] < 0 && left > 0
+		}
+		if wide.visit(a.ports[0].Lo, try) {
+			for _, j := range fewest(ports, a.ports[0].Lo, sources, a.sources[0][0].Lo, left) {
+				if !try(j) {
+					break
+				}
 			}
 		}
 	}
@@ -197,20 +202,33 @@ func (t *tree[K]) fill(from, to int) {
 
 // find gives the ids of at most limit intervals that hold k.
 func (t *tree[K]) find(k K, limit int) []int {
-	return t.collect(nil, 0, len(t.all), k, limit)
+	var out []int
+	t.visit(k, func(id int) bool {
+		out = append(out, id)
+		return len(out) < limit
+	})
+	return out
 }
 
-func (t *tree[K]) collect(out []int, from, to int, k K, limit int) []int {
+// visit calls more with the intervals that hold k, lowest first, until it gives
+// false.
+func (t *tree[K]) visit(k K, more func(id int) bool) bool {
+	return t.walk(0, len(t.all), k, more)
+}
+
+func (t *tree[K]) walk(from, to int, k K, more func(id int) bool) bool {
 	mid := (from + to) / 2
-	if from == to || len(out) >= limit || t.compare(t.highest[mid], k) < 0 {
-		return out
+	if from == to || t.compare(t.highest[mid], k) < 0 {
+		return true
 	}
-	out = t.collect(out, from, mid, k, limit)
+	if !t.walk(from, mid, k, more) {
+		return false
+	}
 	if t.compare(t.all[mid].lo, k) > 0 {
-		return out
+		return true
 	}
-	if t.compare(k, t.all[mid].hi) <= 0 && len(out) < limit {
-		out = append(out, t.all[mid].id)
+	if t.compare(k, t.all[mid].hi) <= 0 && !more(t.all[mid].id) {
+		return false
 	}
-	return t.collect(out, mid+1, to, k, limit)
+	return t.walk(mid+1, to, k, more)
 }

@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/rogpeppe/go-internal/txtar"
 
 	"deadlight/rules"
 )
@@ -29,33 +28,25 @@ func TestProblems(t *testing.T) {
 	}
 	for _, file := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
-			archive, err := txtar.ParseFile(file)
+			data, err := os.ReadFile(file)
 			if err != nil {
 				t.Fatal(err)
 			}
-			var src []byte
-			var want *txtar.File
-			for i := range archive.Files {
-				f := &archive.Files[i]
-				switch f.Name {
-				case "policy.toml":
-					src = f.Data
-				case "quoted":
-					s, err := strconv.Unquote(strings.TrimSpace(string(f.Data)))
-					if err != nil {
-						t.Fatal(err)
-					}
-					src = []byte(s)
-				case "want":
-					want = f
-				}
-			}
-			if *update && want == nil {
-				archive.Files = append(archive.Files, txtar.File{Name: "want"})
-				want = &archive.Files[len(archive.Files)-1]
-			}
-			if want == nil {
+			before, want, ok := strings.Cut(string(data), "-- want --\n")
+			if !ok && !*update {
 				t.Fatal("no section want")
+			}
+			var src []byte
+			if _, text, ok := strings.Cut(before, "-- quoted --\n"); ok {
+				text, err := strconv.Unquote(strings.TrimSpace(text))
+				if err != nil {
+					t.Fatal(err)
+				}
+				src = []byte(text)
+			} else if _, text, ok := strings.Cut(before, "-- policy.toml --\n"); ok {
+				src = []byte(text)
+			} else {
+				t.Fatal("no policy")
 			}
 
 			policy, problems := rules.Parse("policy.toml", src)
@@ -68,15 +59,15 @@ func TestProblems(t *testing.T) {
 				t.Fatal(err)
 			}
 			if *update {
-				want.Data = out.Bytes()
-				if err := os.WriteFile(file, txtar.Format(archive), 0o644); err != nil {
+				want = out.String()
+				if err := os.WriteFile(file, []byte(before+"-- want --\n"+want), 0o644); err != nil {
 					t.Fatal(err)
 				}
 			}
 			if len(problems) == 0 {
 				t.Error("no problem was found")
 			}
-			if diff := cmp.Diff(string(want.Data), out.String()); diff != "" {
+			if diff := cmp.Diff(want, out.String()); diff != "" {
 				t.Errorf("output differs (-want +got):\n%s", diff)
 			}
 			hasError := false

@@ -15,7 +15,7 @@ func checkInterface(s string) *complaint {
 	case s == "":
 		return &complaint{"interface name is empty", `write a name like "eth0" or "wg*"`}
 	case s == "*":
-		return &complaint{`interface "*" means every interface`, "leave interfaces out for every interface"}
+		return &complaint{`interface "*" means every interface`, `leave it out, or write a prefix like "wg*"`}
 	case strings.Contains(base, "*"):
 		return &complaint{"interface " + quote(s) + " has a * that is not its end", `one * at the end is allowed, as in "wg*"`}
 	case len(s) > 15:

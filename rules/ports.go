@@ -2,51 +2,49 @@ package rules
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 )
 
 const portHint = "ports run from 1 to 65535"
 
 // parsePorts reads "443" or "6000-6010".
 func parsePorts(s string) (PortRange, *complaint) {
-	from, to, isRange := strings.Cut(s, "-")
+	lo, hi, ok := splitPorts(s)
+	switch {
+	case !ok:
+		return PortRange{}, notPorts(s)
+	case min(lo, hi) < 1 || max(lo, hi) > 65535:
+		return PortRange{}, &complaint{"port out of range: " + quote(s), portHint}
+	case lo > hi:
+		return PortRange{}, &complaint{"port range runs backwards: " + quote(s), "did you mean " + quote(fmt.Sprintf("%d-%d", hi, lo)) + "?"}
+	}
+	return PortRange{uint16(lo), uint16(hi)}, nil
+}
+
+// splitPorts reads a number or two with a dash between, of any size. It takes
+// plain decimal digits only: 0443 or +443 may mean anything.
+func splitPorts(s string) (lo, hi uint64, ok bool) {
+	number := func(s string) uint64 {
+		n, err := strconv.ParseUint(s, 10, 64)
+		ok = ok && !errors.Is(err, strconv.ErrSyntax) && (s[0] != '0' || s == "0")
+		return n
+	}
+	left, right, isRange := strings.Cut(s, "-")
 	if !isRange {
-		to = from
+		right = left
 	}
-	lo, err := parsePort(from)
-	if err != nil {
-		return PortRange{}, portComplaint(s, err)
-	}
-	hi, err := parsePort(to)
-	if err != nil {
-		return PortRange{}, portComplaint(s, err)
-	}
-	if lo > hi {
-		return PortRange{}, &complaint{"port range runs backwards: " + quote(s), "did you mean " + quote(to+"-"+from) + "?"}
-	}
-	return PortRange{lo, hi}, nil
+	ok = true
+	return number(left), number(right), ok
 }
 
-// parsePort takes plain decimal digits only: 0443 or +443 may mean anything.
-func parsePort(s string) (uint16, *complaint) {
-	if s == "" || strings.Trim(s, "0123456789") != "" || len(s) > 1 && s[0] == '0' {
-		return 0, &complaint{}
-	}
-	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil || n < 1 || n > 65535 {
-		return 0, &complaint{"port " + cut(s) + " is out of range", portHint}
-	}
-	return uint16(n), nil
-}
-
-// portComplaint explains a string that holds no port, with what was probably meant.
-func portComplaint(s string, why *complaint) *complaint {
-	if why.summary != "" {
-		return why
-	}
+// notPorts explains a string that holds no port, with what was probably meant.
+func notPorts(s string) *complaint {
+	isPorts := func(s string) bool { _, _, ok := splitPorts(s); return ok }
 	c := &complaint{quote(s) + " is not a port or a range of ports", `write 443 or "6000-6010"`}
 	plain := strings.NewReplacer(" ", "", "\t", "", ":", "-", "–", "-", "..", "-").Replace(s)
 	port, protocol, _ := strings.Cut(strings.ToLower(plain), "/")
@@ -55,21 +53,16 @@ func portComplaint(s string, why *complaint) *complaint {
 		c.summary = "port is empty"
 	case strings.Contains(s, ","):
 		c.hint = "write a list: [80, 443]"
-	case plain != s && isPorts(plain):
+	case isPorts(plain):
 		c.hint = "did you mean " + quote(plain) + "?"
 	case isPorts(port):
 		c.hint = fmt.Sprintf("did you mean %s with protocol = %s?", quote(port), quote(protocol))
 	case strings.Trim(s, "0123456789") == "":
 		c.hint = "write it without leading zeros"
-	case strings.Trim(plain, "0123456789-") != "":
-		c.hint = `names of services are not supported by this version; write the number, like 443`
+	case strings.IndexFunc(s, unicode.IsLetter) >= 0:
+		c.hint = "names of services are not supported by this version; write the number, like 443"
 	}
 	return c
-}
-
-func isPorts(s string) bool {
-	_, err := parsePorts(s)
-	return err == nil
 }
 
 // mergePorts gives the same ports as few ascending ranges.

@@ -23,6 +23,7 @@ type node struct {
 	fields map[string]*node // of a table
 	items  []*node          // of an array
 	given  bool             // has a value or a header of its own, rather than being implied by a longer key
+	closed bool             // has a value, which no other line may add to
 }
 
 // field gives the node of a key, making it when it is new.

@@ -81,6 +81,9 @@ func (r *reader) problems() []Problem {
 		}
 		last.Line, last.Hint = "", "mend those first"
 		last.Summary = fmt.Sprintf("%d more problems are not shown", r.dropped)
+		if r.dropped == 1 {
+			last.Summary = "1 more problem is not shown"
+		}
 		out = append(out, last)
 	}
 	return out

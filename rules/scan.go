@@ -29,7 +29,8 @@ type scanner struct {
 	table  *node // the one that keys go to
 	broken bool
 
-	first, again span // of the first key or table that is defined twice
+	empty        span // the first key that is "", which the library loses values of
+	first, again span // of the first key or table that is defined twice, which the library does not always see
 }
 
 // part is one part of a dotted key.
@@ -104,11 +105,15 @@ func (s *scanner) header() {
 
 	n := s.root
 	for _, p := range key[:len(key)-1] {
-		n = latest(n.field(p.name, p.at))
+		n = n.field(p.name, p.at)
+		s.clash(n.closed, n, p.at)
+		n = latest(n)
 	}
 	last := key[len(key)-1]
 	n = n.field(last.name, last.at)
+	s.clash(n.closed, n, last.at)
 	if open == "[[" {
+		s.clash(n.given || len(n.fields) > 0, n, last.at)
 		if len(n.items) == 0 {
 			n.key, n.value = last.at, whole
 		}
@@ -117,8 +122,8 @@ func (s *scanner) header() {
 		s.table = item
 		return
 	}
-	s.give(n, last.at)
-	n.key, n.value = last.at, whole
+	s.clash(n.given || len(n.items) > 0, n, last.at)
+	n.key, n.value, n.given = last.at, whole, true
 	s.table = n
 }
 
@@ -130,12 +135,11 @@ func latest(n *node) *node {
 	return n
 }
 
-// give notes that n is defined here, and whether it had been before.
-func (s *scanner) give(n *node, at span) {
-	if n.given && s.again == (span{}) {
+// clash notes that n is defined in two ways, the second being here.
+func (s *scanner) clash(is bool, n *node, at span) {
+	if is && s.again == (span{}) {
 		s.first, s.again = n.key, at
 	}
-	n.given = true
 }
 
 // pair reads a.b = value into a table.
@@ -149,11 +153,12 @@ func (s *scanner) pair(n *node) {
 	}
 	for _, p := range key[:len(key)-1] {
 		n = n.field(p.name, p.at)
+		s.clash(n.closed || len(n.items) > 0, n, p.at)
 	}
 	last := key[len(key)-1]
 	n = n.field(last.name, last.at)
-	s.give(n, last.at)
-	n.key = last.at
+	s.clash(n.given || len(n.fields) > 0 || len(n.items) > 0, n, last.at)
+	n.key, n.given = last.at, true
 	s.value(n)
 }
 
@@ -179,6 +184,9 @@ func (s *scanner) key() []part {
 			name = string(s.src[start:s.pos])
 		}
 		parts = append(parts, part{name, s.since(start)})
+		if name == "" && s.empty == (span{}) {
+			s.empty = s.since(start)
+		}
 		s.blanks()
 		if s.peek() != '.' {
 			break
@@ -224,7 +232,7 @@ func (s *scanner) value(n *node) {
 	default:
 		s.bare()
 	}
-	n.value = s.since(start)
+	n.value, n.closed = s.since(start), true
 }
 
 // list reads the elements of an array or an inline table.

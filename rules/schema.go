@@ -33,10 +33,13 @@ func (s schema[T]) has(name string) bool {
 	return slices.Contains(s.names(), name) || slices.Contains(s.later, name)
 }
 
-// read reads a table into a T and complains of keys that do not belong.
-func (s schema[T]) read(r *reader, t value, title string, into *T) {
+// read reads a table into a T and complains of keys that do not belong. It gives
+// the keys that are there, and those that were probably meant.
+func (s schema[T]) read(r *reader, t value, title string, into *T) map[string]bool {
 	names := s.names()
+	present := make(map[string]bool)
 	for _, f := range t.fields() {
+		present[f.name] = true
 		i := slices.Index(names, f.name)
 		if i >= 0 {
 			s.keys[i].read(r, f, into)
@@ -49,6 +52,7 @@ func (s schema[T]) read(r *reader, t value, title string, into *T) {
 		hint := ""
 		if near := s.meant(r, f.name, names); near != "" {
 			hint = "did you mean " + quote(near) + "?"
+			present[near] = true
 		} else if home := homeOf(f.name); home != "" {
 			hint = fmt.Sprintf("%s belongs in %s", f.name, home)
 		} else if _, ok := f.v.(map[string]any); ok {
@@ -58,6 +62,7 @@ func (s schema[T]) read(r *reader, t value, title string, into *T) {
 		}
 		r.errorf(f.key, hint, "unknown key %s in %s", quote(f.name), title)
 	}
+	return present
 }
 
 // meant gives the key that was probably meant.

@@ -67,7 +67,17 @@ func (r *reader) decode() (value, bool) {
 		r.report(Error, at, c)
 		return value{}, false
 	}
-	return value{v: tree, at: scan(r.src).root}, true
+	s := scan(r.src)
+	if s.empty != (span{}) {
+		r.report(Error, s.empty, complaint{"key is empty", "remove it"})
+		return value{}, false
+	}
+	if s.again != (span{}) {
+		at, c := r.twice(s.again)
+		r.report(Error, at, c)
+		return value{}, false
+	}
+	return value{v: tree, at: s.root}, true
 }
 
 // decodeTOML turns a panic of the library into an error: a policy may be
@@ -159,22 +169,73 @@ func (r *reader) syntax(err error) (span, complaint) {
 	at.start = min(max(at.start, 0), size)
 	at.end = min(max(at.end, at.start), size)
 
+	for at.start+1 < at.end && (r.src[at.start] == ' ' || r.src[at.start] == '\t') {
+		at.start++
+	}
+
 	message := strings.TrimSuffix(pe.Message, ".")
-	if name, ok := strings.CutSuffix(message, "' has already been defined"); ok {
-		c := complaint{strings.TrimPrefix(name, "Key '") + " is defined twice", "merge the two, or give one another name"}
-		if s := scan(r.src); r.lines.at(s.again).line == r.lines.at(at).line {
-			c.hint = fmt.Sprintf("first defined at line %d: merge the two, or give one another name", r.lines.at(s.first).line)
-			at = s.again
+	if strings.Contains(message, "already been defined") || strings.Contains(message, "was already created") {
+		return r.twice(at)
+	}
+	if at, ok := r.unquoted(at); ok {
+		word := at.text(r.src)
+		c := complaint{"text without quotes: " + printable(cut(word)), "did you mean " + quote(word) + "?"}
+		if cut(word) != word {
+			c.hint = "put quotes around it"
 		}
 		return at, c
 	}
-	if word, ok := r.unquoted(at); ok {
-		return word, complaint{"text without quotes: " + cut(word.text(r.src)), "did you mean " + quote(word.text(r.src)) + "?"}
+	for _, w := range plainWords() {
+		if strings.Contains(message, w.theirs) {
+			return at, w.complaint
+		}
 	}
 	if message != "" && !strings.HasPrefix(message, "TOML") {
 		message = strings.ToLower(message[:1]) + message[1:]
 	}
 	return at, complaint{summary: printable(message)}
+}
+
+// twice explains a key or table that is defined twice.
+func (r *reader) twice(at span) (span, complaint) {
+	c := complaint{hint: "remove one"}
+	if s := scan(r.src); s.again != (span{}) {
+		at = s.again
+		c.hint = fmt.Sprintf("first defined at line %d: remove one", r.lines.at(s.first).line)
+	}
+	c.summary = printable(cut(at.text(r.src))) + " is defined twice"
+	if strings.HasPrefix(strings.TrimLeft(r.lines.at(at).text, " \t"), "[") {
+		c.hint += ", or give it another name"
+	}
+	return at, c
+}
+
+// plainWords gives words for the errors of the TOML library that are common and
+// hard to understand.
+func plainWords() []struct {
+	theirs string
+	complaint
+} {
+	return []struct {
+		theirs string
+		complaint
+	}{
+		{"expected a top-level item to end", complaint{"more follows where the line should end", "several values need a list: [80, 443]"}},
+		{"strings cannot contain newlines", complaint{"string is not closed", "put its quote at the end"}},
+		{"unexpected EOF; expected value", complaint{"value is missing", ""}},
+		{"unexpected EOF; expected '", complaint{"string is not closed", "put its quote at the end"}},
+		{"expected value but found", complaint{"value is missing", ""}},
+		{"array terminator", complaint{"list is not continued or closed", "put , between its elements and ] at its end"}},
+		{"inline table terminator", complaint{"table is not continued or closed", "put , between its keys and } at its end"}},
+		{"unexpected comma", complaint{"element is missing before the comma", ""}},
+		{"to end table name", complaint{"header is not closed", "put ] at its end"}},
+		{"table names cannot be empty", complaint{"name in a header is empty", ""}},
+		{"expected '.' or '='", complaint{"= is missing after a key", ""}},
+		{"key name appears blank", complaint{"key is missing before =", ""}},
+		{"is out of range for int64", complaint{"number is too large", ""}},
+		{"cannot have leading zeroes", complaint{"number has leading zeros", "write it without"}},
+		{"invalid escape", complaint{`\ with no meaning in a string`, `write \\ for one \, or put the string in single quotes`}},
+	}
 }
 
 // unquoted finds the word at a syntax error, if it stands where a value is due

@@ -279,8 +279,7 @@ func (d *draft) readSets(r *reader) {
 		before := r.errors
 		s := &setDraft{AddressSet: AddressSet{Name: f.name, Pos: r.pos(f.key)}, at: f.key}
 		title := "[set." + tableName(f.name) + "]"
-		setSchema.read(r, f.value, title, s)
-		if !f.hasAny("addresses", "files") {
+		if has := setSchema.read(r, f.value, title, s); !has["addresses"] && !has["files"] {
 			r.errorf(f.key, `write addresses = ["192.0.2.0/24"]`, "addresses is missing in %s", title)
 		}
 		s.sound = r.errors == before
@@ -298,8 +297,7 @@ func (d *draft) readOpens(r *reader) {
 			table: f.key,
 		}
 		title := "[open." + tableName(f.name) + "]"
-		openSchema.read(r, f.value, title, o)
-		if !f.hasAny("ports", "service") {
+		if has := openSchema.read(r, f.value, title, o); !has["ports"] && !has["service"] {
 			r.errorf(f.key, "write ports = [443]", "ports is missing in %s", title)
 		}
 		for _, p := range o.ports {
@@ -317,12 +315,6 @@ func (d *draft) readOpens(r *reader) {
 	}
 }
 
-// hasAny reports whether a table has one of the keys.
-func (v value) hasAny(names ...string) bool {
-	t, _ := v.v.(map[string]any)
-	return slices.ContainsFunc(names, func(n string) bool { _, ok := t[n]; return ok })
-}
-
 // resolve finds the sets that from names.
 func (o *rule) resolve(r *reader, d *draft) {
 	for _, ref := range o.refs {
@@ -331,6 +323,7 @@ func (o *rule) resolve(r *reader, d *draft) {
 			hint := fmt.Sprintf("define it: [set.%s]", tableName(ref.name))
 			if near := r.nearest(ref.name, d.names); near != "" {
 				hint = "did you mean " + quote("@"+near) + "?"
+				d.sets[near].used = true
 			} else if !isTableName(ref.name) {
 				hint = `write @ and the name of a [set.NAME]`
 			}

@@ -130,6 +130,7 @@ func helperCommand(ctx context.Context, name string, attr *syscall.SysProcAttr, 
 		attr = &syscall.SysProcAttr{}
 	}
 	cmd.SysProcAttr = attr
+	cmd.WaitDelay = 2 * time.Second // what it left behind may hold its output open
 	return cmd
 }
 
@@ -295,6 +296,19 @@ func TestIsolatedRefusesForgedMarker(t *testing.T) {
 		if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "not in one") {
 			t.Errorf("marker %q: %v, %s; want a refusal", marker, err, out)
 		}
+	}
+}
+
+// Process 1 of a container, in the network that the marker calls the outer one.
+func TestIsolatedRefusesOuterNetwork(t *testing.T) {
+	own, err := threadNetNS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := helperCommand(t.Context(), "enter", &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID})
+	cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d:%d:net", isolatedEnv, own.dev, own.ino))
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "not in one") {
+		t.Errorf("%v, %s; want a refusal", err, out)
 	}
 }
 

@@ -191,7 +191,7 @@ func TestTripwireLeavesOthersAlone(t *testing.T) {
 	}
 	listing := nft(t, w, "", "list", "table", "inet", "deadlight_probe")
 	for _, want := range []string{
-		"elements = { tcp . 20001,",
+		"tcp . 20001", "udp . 20002",
 		"type inet_service . inet_service . inet_proto",
 		"size 262144",
 		"hook prerouting priority raw - 10; policy accept;",

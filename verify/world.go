@@ -197,8 +197,8 @@ func setNetSysctl(path, value string) error {
 	return err
 }
 
-// addLink makes the i-th veth. Its outside end has a name and an address that no
-// other world of this process shares.
+// addLink makes the i-th veth. Its outside end has a name that no other world of
+// this process has.
 func (w *World) addLink(i int, name string) (worldLink, error) {
 	outside := fmt.Sprintf("dl%08x-%d", uint32(w.id.ino), i)
 	mac := func(side byte) net.HardwareAddr {
