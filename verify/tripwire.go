@@ -226,11 +226,21 @@ func (t *Tripwire) compose(ports []uint16, size uint32) error {
 	arrive := t.chain("arrive", nftables.ChainHookPrerouting, -310)
 	t.notLoopback(arrive)
 	for _, protocol := range []rules.Protocol{rules.TCP, rules.UDP} {
-		t.rule(arrive,
+		match := []expr.Any{
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg0},
 			&expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: []byte{byte(protocol)}},
+		}
+		if protocol == rules.TCP {
+			// The resets by which the prober takes back an opened connection are no probes:
+			// counted, one could hide a probe that was lost.
+			match = append(match,
+				&expr.Payload{Base: expr.PayloadBaseTransportHeader, Offset: tcpFlagsOffset, Len: 1, DestRegister: reg0},
+				&expr.Bitwise{SourceRegister: reg0, DestRegister: reg0, Len: 1, Mask: []byte{tcpReset}, Xor: []byte{0}},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: []byte{0}})
+		}
+		t.rule(arrive, append(match,
 			&expr.Payload{Base: expr.PayloadBaseTransportHeader, Offset: srcPortOffset, Len: 2, DestRegister: reg0},
-			&expr.Lookup{SourceRegister: reg0, SetName: "arrived_" + protocol.String()})
+			&expr.Lookup{SourceRegister: reg0, SetName: "arrived_" + protocol.String()})...)
 	}
 	for _, base := range []struct {
 		name, note string
@@ -252,6 +262,9 @@ func (t *Tripwire) compose(ports []uint16, size uint32) error {
 const (
 	srcPortOffset = 0
 	dstPortOffset = 2
+
+	tcpFlagsOffset = 13
+	tcpReset       = 0x04
 )
 
 // chain adds a base chain, or a plain one where hook is nil.
