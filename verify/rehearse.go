@@ -22,6 +22,8 @@ type RehearseConfig struct {
 	Command        []string
 	Stdout, Stderr io.Writer
 	Progress       func(sent, total uint64)
+
+	sweep Ports // what the sweeps probe; zero: every port
 }
 
 // CommandError says that the command of a rehearsal failed. It unwraps to the
@@ -44,6 +46,13 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	outlook, err := NewOutlook(cfg.Rules, ipv6)
 	if err != nil {
 		return nil, err
+	}
+	if cfg.sweep.TCP != nil {
+		for i := range outlook.Views {
+			if v := &outlook.Views[i]; v.Sweep() {
+				v.Path.TCP, v.Path.UDP = cfg.sweep.TCP, cfg.sweep.UDP
+			}
+		}
 	}
 	world := WorldConfig{Host4: outlook.Host4, Links: outlook.Links}
 	if ipv6 {

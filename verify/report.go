@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"text/tabwriter"
 	"time"
 
 	"deadlight/rules"
@@ -107,6 +108,8 @@ type Finding struct {
 	Reason    string `json:"reason"`
 	Rule      string `json:"rule"` // that should admit it, or ""
 	Interface string `json:"interface,omitempty"`
+
+	source string
 }
 
 // MarshalJSON gives the lower-case word.
@@ -272,6 +275,7 @@ func (j *judge) finding(v *View, fam string, proto rules.Protocol, port uint16, 
 	j.report.Findings = append(j.report.Findings, Finding{
 		Family: fam, Address: v.Path.Dst.String(), Protocol: proto.String(), Port: port, Probe: probe,
 		Expected: x.Outcome.String(), Observed: a.State, Reason: reason, Rule: x.Rule, Interface: v.In,
+		source: v.Path.Src.String(),
 	})
 }
 
@@ -340,44 +344,67 @@ func (r *Report) WriteText(w io.Writer) error {
 // mostFindings bounds the lines of the text; the JSON has them all.
 const mostFindings = 40
 
-// findings folds neighbouring ports of one kind into one line.
+// findings folds what differs only in port, source or family into one line.
 func (r *Report) findings(b *strings.Builder) {
-	type group struct {
-		first Finding
-		ports []uint16
+	type line struct {
+		kind    string // all that must be equal
+		first   Finding
+		ports   []uint16
+		sources []string
 	}
-	key := func(f Finding) string {
-		return strings.Join([]string{f.Family, f.Protocol, f.Probe, f.Expected, f.Observed.String(), f.Reason, f.Rule}, "\x00")
-	}
-	var order []string
-	groups := map[string]*group{}
-	for _, f := range r.Findings {
-		k := key(f)
-		g := groups[k]
-		if g == nil {
-			g = &group{first: f}
-			groups[k] = g
-			order = append(order, k)
+	fold := func(in []*line, same func(*line) string, add func(to, from *line)) []*line {
+		var out []*line
+		seen := map[string]*line{}
+		for _, l := range in {
+			k := same(l)
+			if to := seen[k]; to != nil {
+				add(to, l)
+				continue
+			}
+			seen[k] = l
+			out = append(out, l)
 		}
-		g.ports = append(g.ports, f.Port)
+		return out
 	}
-	for i, k := range order {
+	var lines []*line
+	for _, f := range r.Findings {
+		kind := strings.Join([]string{f.Protocol, f.Expected, f.Observed.String(), f.Reason, f.Rule, f.Interface}, "\x00")
+		lines = append(lines, &line{kind, f, []uint16{f.Port}, []string{f.source}})
+	}
+	lines = fold(lines, func(l *line) string { return l.kind + "\x00" + l.first.Probe },
+		func(to, from *line) { to.ports = union(to.ports, from.ports) })
+	lines = fold(lines, func(l *line) string { return l.kind + "\x00" + Ranges(l.ports) },
+		func(to, from *line) { to.sources = append(to.sources, from.sources...) })
+	w := tabwriter.NewWriter(b, 0, 8, 2, ' ', 0)
+	for i, l := range lines {
 		if i == mostFindings {
-			fmt.Fprintf(b, "  …    %s more; --json lists every one\n", count(len(order)-i, "group of findings", "groups of findings"))
 			break
 		}
-		g := groups[k]
-		slices.Sort(g.ports)
-		f := g.first
-		word := "FAIL"
+		f := l.first
+		word, expected, rule, by := "FAIL", f.Expected, "", ""
 		if f.Observed == Unknown {
-			word = "?   "
+			word = "?"
 		}
-		rule := ""
+		if f.Reason == PassedGate.String() {
+			expected += " at the gate"
+		}
 		if f.Rule != "" {
-			rule = fmt.Sprintf("  %q", f.Rule)
+			rule = fmt.Sprintf(", %q", f.Rule)
 		}
-		fmt.Fprintf(b, "  %s %-14s %-9s expected %-9s %s%s  (%s, %s)\n", word, Ranges(g.ports)+"/"+f.Protocol, f.Observed, f.Expected, f.Reason, rule, f.Family, f.Probe)
+		if f.Interface != "" {
+			by = " by " + f.Interface
+		}
+		sources := l.sources
+		more := ""
+		if n := len(sources) - 2; n > 0 {
+			sources, more = sources[:2], fmt.Sprintf(" and %d more", n)
+		}
+		fmt.Fprintf(w, "  %s\t%s/%s\t%s\texpected %s%s\t%s\tfrom %s%s%s\n", word, shorten(Ranges(l.ports), 60), f.Protocol, f.Observed,
+			expected, rule, f.Reason, strings.Join(sources, ", "), more, by)
+	}
+	w.Flush() // into a strings.Builder: cannot fail
+	if n := len(lines) - mostFindings; n > 0 {
+		fmt.Fprintf(b, "  …  and %s; --json lists every one\n", count(n, "more line", "more lines"))
 	}
 }
 
@@ -409,9 +436,6 @@ func (r *Report) openings(b *strings.Builder) {
 			continue
 		}
 		state := os[0].State.String()
-		if os[0].State == Closed {
-			state = "closed" // reachable, nobody listens
-		}
 		only := ""
 		if len(os) == 1 {
 			only = "  " + os[0].Family + " only"
@@ -447,7 +471,10 @@ func shorten(s string, most int) string {
 		return s
 	}
 	cut := strings.LastIndexByte(s[:most], ',')
-	return fmt.Sprintf("%s,… (%s more)", s[:cut], count(strings.Count(s[cut:], ","), "range", "ranges"))
+	if cut < 0 {
+		return s
+	}
+	return fmt.Sprintf("%s,… %s more", s[:cut], thousands(strings.Count(s[cut:], ",")))
 }
 
 // restrictions folds the views that are as they should be into a line a rule.
