@@ -3,6 +3,7 @@ package rules
 import (
 	"fmt"
 	"net/netip"
+	"time"
 )
 
 // Pos is a place in a policy file. Line and Column count from 1; Column counts
@@ -24,13 +25,20 @@ func (p Pos) String() string {
 // Policy is a policy that was read whole and found valid: every name resolves,
 // every range runs forwards, every list holds something.
 type Policy struct {
-	File      string // as given by the caller
+	File      string   // as given by the caller
+	Files     []string // every file that was read: the policy, its includes, the lists of its sets
 	Default   Default
 	Open      []Open       // in file order
+	Block     []Block      // in file order
+	Egress    []Egress     // in file order
 	Sets      []AddressSet // in file order
 	Published Published
 	ICMP      ICMP
 	DHCP      DHCP
+	Log       Log
+	Failsafe  *Failsafe // nil: none
+	Verify    Verify
+	Expect    []Expect // in file order
 }
 
 // Action is what happens to a packet that no rule admits.
@@ -40,15 +48,21 @@ type Action uint8
 const (
 	Drop   Action = iota // silence: the port is filtered
 	Reject               // RST for TCP, ICMP admin-prohibited for the rest
+	Accept               // of output only
 )
 
 // String gives the word of the policy language.
-func (a Action) String() string { return [...]string{"drop", "reject"}[a] }
+func (a Action) String() string { return [...]string{"drop", "reject", "accept"}[a] }
 
 // Default is the [default] table.
 type Default struct {
-	Input Action
-	Pos   Pos // of the value of input; the zero Pos when it is not written
+	Input           Action // Drop or Reject
+	Output          Action
+	IgnorePublished bool // published = "ignore"
+	DropForward     bool // forward = "drop"
+	KeepFlows       bool // established = "keep"
+	Observe         bool // enforce = false
+	Pos             Pos  // of the value of input; the zero Pos when it is not written
 }
 
 // Protocol is an IP protocol number
@@ -61,7 +75,12 @@ const (
 	IGMP   Protocol = 2
 	TCP    Protocol = 6
 	UDP    Protocol = 17
+	GRE    Protocol = 47
+	ESP    Protocol = 50
+	AH     Protocol = 51
 	ICMPv6 Protocol = 58
+	VRRP   Protocol = 112
+	SCTP   Protocol = 132
 )
 
 // String gives the word of the policy language, or the number.
@@ -75,8 +94,18 @@ func (p Protocol) String() string {
 		return "tcp"
 	case UDP:
 		return "udp"
+	case GRE:
+		return "gre"
+	case ESP:
+		return "esp"
+	case AH:
+		return "ah"
 	case ICMPv6:
 		return "icmpv6"
+	case VRRP:
+		return "vrrp"
+	case SCTP:
+		return "sctp"
 	}
 	return fmt.Sprintf("protocol %d", uint8(p))
 }
@@ -125,22 +154,100 @@ type Source struct {
 	Sets   []string    // names of [set.*], without the @, each once, in file order
 }
 
-// Open is an [open.*] table. Its fields are ANDed, the values of each ORed.
-type Open struct {
-	Name       string
-	Pos        Pos         // of the table's name
-	Ports      []PortRange // merged and ascending, never empty
-	Protocols  []Protocol  // each once, ascending, never empty
+// ProtoPorts is a protocol with the ports of it that a rule names.
+type ProtoPorts struct {
+	Protocol Protocol
+	Ports    []PortRange // merged and ascending; nil for a protocol without ports
+}
+
+// Traffic is what [open.*], [block.*] and [egress.*] tables say of packets. Its
+// fields are ANDed, the values of each ORed.
+type Traffic struct {
+	Name string
+	Pos  Pos // of the table's name
+	// Any is every protocol and port: protocol = "any", or a block that names
+	// neither ports nor a protocol. On is then nil.
+	Any        bool
+	On         []ProtoPorts // ascending by protocol, each once
 	From       Source
-	Interfaces []string // names, one * at the end allowed; empty means every interface
+	Except     Source   // Any false and nothing in it: nobody
+	To         Source   // the destination
+	Interfaces []string // entered by (egress: left by); one * at the end allowed; empty means every interface
 	Family     Family
+	Expires    time.Time // zero: never
+	Log        bool
 	Comment    string
+}
+
+// Ports gives the ports of a protocol that the rule names.
+func (t *Traffic) Ports(p Protocol) []PortRange {
+	for _, o := range t.On {
+		if o.Protocol == p {
+			return o.Ports
+		}
+	}
+	return nil
+}
+
+// Open is an [open.*] table.
+type Open struct {
+	Traffic
+	Rate        *Rate // nil: none
+	Connections int   // concurrent ones a source (IPv6: a /64); 0: any number
+}
+
+// Block is a [block.*] table: it wins over every open.
+type Block struct{ Traffic }
+
+// Egress is an [egress.*] table, in force when default.output is not accept.
+type Egress struct {
+	Traffic
+	User, Group string // of the socket's owner; names or numbers, "" means any
+}
+
+// Rate is a limit on new flows, or on packets of echo and lines of the log.
+type Rate struct {
+	Limit uint64        // in a Per
+	Per   time.Duration // a second, a minute, an hour or a day
+	Burst uint32
+	// PerSource counts each source alone, IPv6 by /64; else all together.
+	PerSource bool
+}
+
+// Log is the [log] table.
+type Log struct {
+	Dropped bool
+	Rate    *Rate   // of the lines; nil: no limit
+	Prefix  string  // default "deadlight"
+	Group   *uint16 // nflog group; nil: the kernel log
+}
+
+// Failsafe is the [failsafe] table: what the boot lock-down admits.
+type Failsafe struct {
+	Pos        Pos
+	On         []ProtoPorts
+	From       Source
+	Interfaces []string
+}
+
+// Verify is the [verify] table.
+type Verify struct {
+	Vantage  string // "netns" or "ssh://user@host"
+	Thorough int
+}
+
+// Expect is an [[expect]] table: a test of the policy.
+type Expect struct {
+	Pos    Pos    // of the table
+	Packet Packet // To and In are zero when they are not written
+	State  Outcome
 }
 
 // AddressSet is a [set.*] table.
 type AddressSet struct {
 	Name   string
 	Pos    Pos
+	Files  []string    // that were read for it
 	Ranges []AddrRange // merged and ascending, IPv4 before IPv6, never empty
 }
 
@@ -155,6 +262,7 @@ type Published struct {
 // are always admitted.
 type ICMP struct {
 	Echo bool
+	Rate *Rate // of echo; nil: no limit
 	Pos  Pos
 }
 
@@ -172,6 +280,9 @@ func DefaultPolicy() Policy {
 		Published: Published{Interfaces: []string{"docker0", "br-*", "podman*", "cni*"}},
 		ICMP:      ICMP{Echo: true},
 		DHCP:      DHCP{Client: true},
+		Default:   Default{Output: Accept},
+		Log:       Log{Prefix: "deadlight"},
+		Verify:    Verify{Vantage: "netns", Thorough: 1},
 	}
 }
 
@@ -192,4 +303,14 @@ func MatchInterface(pattern, name string) bool {
 		return len(name) >= n-1 && name[:n-1] == pattern[:n-1]
 	}
 	return pattern == name
+}
+
+// Files is what Parse may read besides the policy itself. Names are as
+// [Policy.File] makes them: relative to the directory of the policy unless they
+// are absolute.
+type Files interface {
+	// Glob gives the names that match, sorted bytewise; none is no error.
+	Glob(pattern string) ([]string, error)
+	// ReadFile gives errors that fs.ErrNotExist and fs.ErrPermission tell apart.
+	ReadFile(name string) ([]byte, error)
 }
