@@ -71,7 +71,7 @@ type LookConfig struct {
 }
 
 // Look probes a host from this machine, which is the outside, and judges what
-// it saw. Errors to test for: [ErrPermission], [ErrLocalTarget], [ErrNoRoute],
+// it saw. Errors to test for: [fs.ErrPermission], [ErrLocalTarget], [ErrNoRoute],
 // [ErrNoNeighbour], [ErrNotEthernet].
 func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	var views []View
