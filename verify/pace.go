@@ -30,7 +30,7 @@ type pacer struct {
 	knee        float64 // rate that lost packets once; above it growth is slow
 	changed     int64   // ticks that began before this one saw another rate
 	// trial is the rate before a slowdown whose effect is not known yet, else 0.
-	trial, trialLoss float64
+	trial, trialLoss, trialSample float64
 }
 
 func newPacer(maxRate int) *pacer {
@@ -42,8 +42,9 @@ func newPacer(maxRate int) *pacer {
 	return p
 }
 
-// judge learns from a tick whose canaries had their time to return.
-func (p *pacer) judge(t *tick) {
+// judge learns, at the given time, from a tick whose canaries had their time to
+// return.
+func (p *pacer) judge(t *tick, now int64) {
 	// Nothing at all back is an outage, which is not the rate's doing.
 	if t.start < p.changed || t.sent < tickSample/2 || t.got == 0 || t.end <= t.start {
 		return
@@ -52,33 +53,45 @@ func (p *pacer) judge(t *tick) {
 	loss := 1 - float64(t.got)/n
 	achieved := float64(t.packets) / float64(t.end-t.start) * 1e9
 	if p.trial > 0 {
-		if loss > 0.6*p.trialLoss {
-			p.usual = max(p.usual, (loss+p.trialLoss)/2)
-			p.rate = p.trial
-		} else {
-			p.knee = p.trial
-		}
-		p.trial = 0
-		p.changed = t.end
+		p.conclude(loss, n, achieved*(1-loss))
+		p.changed = now
 		return
 	}
 	if loss > p.usual+0.02+3*math.Sqrt((p.usual+0.01)/n) {
-		p.trial, p.trialLoss = min(p.rate, achieved), loss
+		p.trial, p.trialLoss, p.trialSample = min(p.rate, achieved), loss, n
 		p.rate = max(p.trial/2, min(rateFloor, p.limit))
-		p.changed = t.end
+		p.changed = now
 		return
 	}
-	p.usual = 0.9*p.usual + 0.1*loss
+	// Only a trial may raise it: a line slowly driven into loss would pass for a
+	// lossy one.
+	p.usual = min(p.usual, 0.9*p.usual+0.1*loss)
 	if p.rate > 2*achieved { // something else is the brake
 		return
 	}
-	if p.rate < 0.7*p.knee {
-		p.rate *= 2
+	if safe := 0.8 * p.knee; p.rate < safe {
+		p.rate = min(2*p.rate, safe)
 	} else {
 		p.rate *= 1.05
-		p.knee *= 1.02
+		p.knee = max(p.knee, p.rate)
 	}
 	p.rate = min(p.rate, p.limit)
+}
+
+// conclude says whether the slowdown helped. It did if less got lost, beyond
+// accident, or if as much got through: an overrun line passes its capacity at
+// any rate above it.
+func (p *pacer) conclude(loss, sample, through float64) {
+	gain := p.trialLoss - loss
+	noise := math.Sqrt(p.trialLoss * (1/sample + 1/p.trialSample))
+	if gain > 2*noise && gain > 0.4*p.trialLoss || through > 0.7*p.trial*(1-p.trialLoss) {
+		p.knee = p.trial
+		p.usual = max(p.usual, loss/2) // what is left may be the line's own
+	} else {
+		p.rate = p.trial
+		p.usual = max(p.usual, (loss+p.trialLoss)/2)
+	}
+	p.trial = 0
 }
 
 // burst is how many packets leave at once: a millisecond's worth, within what a

@@ -132,7 +132,7 @@ func (s *space) nft(script string) {
 	})
 }
 
-// wire joins two namespaces by a veth pair called eth0 on both ends.
+// wire joins two namespaces by a veth pair and gives both ends as links.
 func wire(t testing.TB, a, b *space, nameA, nameB string) (Link, Link) {
 	t.Helper()
 	var macA, macB net.HardwareAddr
@@ -574,11 +574,13 @@ func TestSweepErrorsFromRouter(t *testing.T) {
 			target.must(netlink.RouteAdd(&netlink.Route{LinkIndex: in.Index, Gw: gw.AsSlice()}))
 		}
 	})
-	router.nft(`table inet t { chain f { type filter hook forward priority 0; policy accept;
+	router.nft(`table inet t { chain f {
+		type filter hook forward priority 0; policy accept;
 		th dport 100 meta nfproto ipv4 reject with icmp type host-prohibited
 		th dport 100 meta nfproto ipv6 reject with icmpv6 type no-route
 		tcp dport 101 drop
-	} }`)
+	}
+	}`)
 	ports := []uint16{100, 101, 102}
 	paths := []Path{
 		{Link: up, Src: vantage4, Dst: far4, TCP: ports, UDP: ports, SrcPort: 61004, Canaries: []Canary{canaryEcho}},
@@ -683,7 +685,9 @@ func TestSweepOutage(t *testing.T) {
 				// Listeners on every 16th port: some fall into any dead window.
 				w.firewall("tcp dport 22 accept", "tcp dport & 0xf == 7 accept")
 				all := portRange(1, 65535)
+				done := make(chan struct{})
 				go func() {
+					defer close(done)
 					time.Sleep(150 * time.Millisecond)
 					k.set(w, true)
 					if back {
@@ -692,6 +696,7 @@ func TestSweepOutage(t *testing.T) {
 					}
 				}()
 				r := w.sweep(Config{Paths: []Path{w.path(false, all, all[:1000], canary22)}, MaxRate: 150000})
+				<-done
 				p := r.Paths[0]
 				t.Logf("%d packets in %v, bound %.2g, err %v", r.Probes, r.Elapsed, r.Bound, p.Err)
 				if !back {
@@ -866,18 +871,30 @@ func TestSweepCancel(t *testing.T) {
 	for _, after := range []time.Duration{0, 5 * time.Millisecond, 200 * time.Millisecond} {
 		for _, rate := range []int{0, 20} {
 			ctx, cancel := context.WithCancel(context.Background())
-			var cancelled time.Time
-			time.AfterFunc(after, func() { cancelled = time.Now(); cancel() })
+			sent := func() (n uint64) {
+				w.vantage.do(func() {
+					l, err := netlink.LinkByIndex(w.link.Index)
+					w.vantage.must(err)
+					n = l.Attrs().Statistics.TxPackets
+				})
+				return n
+			}
+			soon := make(chan uint64, 1)
+			time.AfterFunc(after, func() {
+				cancel()
+				time.Sleep(50 * time.Millisecond)
+				soon <- sent()
+			})
 			w.vantage.do(func() {
 				r, err := Sweep(ctx, Config{Paths: []Path{w.path(false, all, all, canary22)}, MaxRate: rate})
 				if !errors.Is(err, context.Canceled) || r != nil {
 					t.Errorf("after %v: got %v, %v", after, r, err)
 				}
-				if d := time.Since(cancelled); d > 50*time.Millisecond {
-					t.Errorf("after %v, rate %d: stopped %v late", after, rate, d)
-				}
 			})
-			cancel()
+			n := <-soon
+			if late := sent() - n; late > 0 {
+				t.Errorf("after %v, rate %d: %d packets sent more than 50 ms late", after, rate, late)
+			}
 		}
 	}
 	time.Sleep(20 * time.Millisecond)

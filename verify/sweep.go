@@ -39,6 +39,9 @@ const (
 	// Linux repeats a SYN-ACK after one second: TCP_TIMEOUT_INIT in
 	// include/net/tcp.h, RFC 6298 section 2.
 	synAckAgain = 1100 * time.Millisecond
+	// An answer that took this much longer than the fastest is such a repetition
+	// and says nothing about the way.
+	retransmitted = 900 * time.Millisecond
 
 	receivePoll  = 5 * time.Millisecond
 	drainLimit   = 2 * time.Second
@@ -53,6 +56,9 @@ const (
 //
 // If ctx ends, Sweep returns its error and no result.
 func Sweep(ctx context.Context, cfg Config) (*Result, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	began := time.Now()
 	e, err := newEngine(ctx, cfg, began)
 	if err != nil {
@@ -823,7 +829,7 @@ func (e *engine) service(now int64) error {
 	grace := int64(e.grace())
 	e.mu.Lock()
 	for len(e.ticks) > 0 && e.ticks[0].end+grace < now {
-		e.pacer.judge(e.ticks[0])
+		e.pacer.judge(e.ticks[0], now)
 		e.ticks = e.ticks[1:]
 	}
 	for _, p := range e.paths {
@@ -987,7 +993,18 @@ func (e *engine) revive() error {
 		}
 	}
 	e.mu.Unlock()
-	return e.demandCanaries(lost, reviveLimit)
+	if len(lost) == 0 {
+		return nil
+	}
+	if err := e.demandCanaries(lost, reviveLimit); err != nil {
+		return err
+	}
+	// An outage says nothing about the rate, though its edges looked like loss.
+	e.pacer = newPacer(e.cfg.MaxRate)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.ticks, e.tick = nil, &tick{start: e.now()}
+	return nil
 }
 
 // last proves each path alive after its last probe.
@@ -1055,8 +1072,6 @@ func (e *engine) demandCanaries(paths []*sweepPath, limit time.Duration) error {
 			p.err = p.link.err()
 		}
 	}
-	// An outage says nothing about the rate.
-	e.ticks, e.tick = nil, &tick{start: e.now()}
 	return nil
 }
 
@@ -1234,7 +1249,9 @@ func (e *engine) canaryBack(t *tuples, i int, now int64) *sweepPath {
 	if p.minRTT == 0 || rtt < p.minRTT {
 		p.minRTT = max(rtt, 1)
 	}
-	p.pool.rtt.add(rtt)
+	if rtt < p.minRTT+retransmitted {
+		p.pool.rtt.add(rtt)
+	}
 	c.tick.got++
 	if c.win != nil {
 		c.win.got++
