@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -21,35 +20,6 @@ import (
 
 	"deadlight/rules"
 )
-
-// The tests want a kernel of their own to play with, and no privileges: TestMain
-// runs the binary again as root of a new user and network namespace.
-const insideEnv = "DEADLIGHT_TEST_INSIDE"
-
-func TestMain(m *testing.M) {
-	if os.Getenv(insideEnv) != "" {
-		os.Exit(m.Run())
-	}
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), insideEnv+"=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
-		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
-		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
-		Pdeathsig:   syscall.SIGKILL,
-	}
-	runtime.LockOSThread() // Pdeathsig speaks of the thread that forked
-	err := cmd.Run()
-	var exit *exec.ExitError
-	switch {
-	case errors.As(err, &exit):
-		os.Exit(exit.ExitCode())
-	case err != nil:
-		fmt.Fprintln(os.Stderr, "run the tests in a namespace:", err)
-		os.Exit(1)
-	}
-}
 
 var (
 	vantage4, target4 = netip.MustParseAddr("10.9.0.1"), netip.MustParseAddr("10.9.0.2")
@@ -65,7 +35,7 @@ type space struct {
 func newSpace(t testing.TB) *space {
 	t.Helper()
 	s := &space{t: t}
-	onThread(func() {
+	enterThread(func() {
 		var err error
 		if s.ns, err = netns.New(); err != nil {
 			t.Errorf("new network namespace: %v", err)
@@ -84,7 +54,7 @@ func newSpace(t testing.TB) *space {
 }
 
 // onThread runs fn on a thread that ends with it, whatever fn did to it.
-func onThread(fn func()) {
+func enterThread(fn func()) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -97,7 +67,7 @@ func onThread(fn func()) {
 // do runs fn on a thread in the namespace.
 func (s *space) do(fn func()) {
 	s.t.Helper()
-	onThread(func() {
+	enterThread(func() {
 		if err := netns.Set(s.ns); err != nil {
 			s.t.Errorf("enter network namespace: %v", err)
 			return
