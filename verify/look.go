@@ -81,7 +81,7 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	for i, dst := range cfg.Targets {
 		link, src, err := ResolveLink(dst)
 		if err != nil {
-			return nil, fmt.Errorf("look at %s: %w", dst, err)
+			return nil, err
 		}
 		v := View{In: cfg.In, Path: Path{
 			Link: link, Src: src, Dst: dst, SrcPort: ports[i], TCP: cfg.Ports.TCP, UDP: cfg.Ports.UDP,
