@@ -8,6 +8,7 @@ import (
 	"math/bits"
 	"math/rand/v2"
 	"net/netip"
+	"sync/atomic"
 	"time"
 )
 
@@ -22,6 +23,8 @@ const (
 	windowSize   = 16 // canaries a window of a path has at least, unless the path has fewer
 	ownSample    = 100
 	tinyCanaries = 8 // a round, for a path with a handful of ports
+
+	reservedTuples = 256 // for bursts; a round leaves them alone
 
 	graceMin = 10 * time.Millisecond
 	graceMax = 2 * time.Second
@@ -111,17 +114,21 @@ type canarySent struct {
 // kind is one of a path's canaries with what it was worth so far.
 type kind struct {
 	Canary
-	live      bool // it answered, and was not given up since
-	demoted   bool // given up
-	sent, got int  // in this round
+	answers   atomic.Bool // it did at least once
+	demoted   bool        // something limits it
+	sent, got int         // in this round; got is guarded by engine.mu
 }
+
+func (k *kind) live() bool { return k.answers.Load() && !k.demoted }
+
+func (k *kind) loss() float64 { return 1 - float64(k.got)/float64(k.sent) }
 
 // window is a stretch of a round of one path: probes, and canaries among them.
 type window struct {
-	sent, got   int
-	first, last int64   // ns since the run began, of its canaries
-	tainted     bool    // our own ring dropped packets meanwhile
-	miss        float64 // upper bound of the probability that an answer got lost
+	sent, got int     // canaries; got is guarded by engine.mu
+	last      int64   // when the last canary left, ns since the run began
+	tainted   bool    // our own ring dropped packets meanwhile
+	miss      float64 // upper bound of the probability that an answer got lost
 }
 
 // tally counts canaries that were judged.
