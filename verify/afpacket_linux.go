@@ -22,10 +22,12 @@ import (
 const (
 	batchSize = 64 // frames a system call; more gains nothing measurable
 
-	ringBlock  = 1 << 18 // bytes
-	ringBlocks = 64      // 16 MiB in all: some 100,000 short answers may wait
-	ringRetire = 1       // ms until the kernel hands over a block that is not full
-	ringSnap   = 256     // bytes of a packet, from the IP header on; the longest quote fits
+	// The kernel hands over a block after a timer tick (4 ms at 250 Hz), full or
+	// not: many small blocks, so that a reader may oversleep by a second.
+	ringBlock  = 1 << 16 // bytes
+	ringBlocks = 256
+	ringRetire = 1   // ms
+	ringSnap   = 256 // bytes of a packet, from the IP header on; the longest quote fits
 
 	sendBuffer = 8 << 20 // bytes
 	// A full queue may take this long to empty before frames are given up. An

@@ -616,16 +616,16 @@ func TestSweepLossyLine(t *testing.T) {
 	}
 }
 
-// plug sets the target's end of the wire up or down.
-func (w *world) plug(up bool) {
-	w.target.do(func() {
-		l, err := netlink.LinkByIndex(w.back.Index)
-		w.target.must(err)
+// plug sets an end of the wire up or down.
+func (s *space) plug(l Link, up bool) {
+	s.do(func() {
+		dev, err := netlink.LinkByIndex(l.Index)
+		s.must(err)
 		if up {
-			w.target.must(netlink.LinkSetUp(l))
+			s.must(netlink.LinkSetUp(dev))
 			return
 		}
-		w.target.must(netlink.LinkSetDown(l))
+		s.must(netlink.LinkSetDown(dev))
 	})
 }
 
@@ -645,7 +645,8 @@ func TestSweepOutage(t *testing.T) {
 		set  func(w *world, out bool)
 	}
 	kinds := []outage{
-		{"cable", func(w *world, out bool) { w.plug(!out) }},
+		{"cable", func(w *world, out bool) { w.target.plug(w.back, !out) }},
+		{"own interface", func(w *world, out bool) { w.vantage.plug(w.link, !out) }},
 		{"silent", func(w *world, out bool) { w.mute(out) }},
 	}
 	for _, k := range kinds {
@@ -761,6 +762,147 @@ func TestSweepManyPaths(t *testing.T) {
 	}
 	if r.Elapsed > 3*time.Second {
 		t.Errorf("took %v", r.Elapsed)
+	}
+}
+
+func TestSweepDeadPathAmongLiveOnes(t *testing.T) {
+	w := newWorld(t)
+	w.firewall("ip saddr 10.9.2.0/24 drop", "tcp dport { 22, 80 } accept")
+	ports := []uint16{79, 80}
+	var paths []Path
+	w.target.do(func() {
+		for i := range 40 {
+			src := netip.AddrFrom4([4]byte{10, 9, byte(1 + i%2), byte(10 + i)})
+			p := w.path(false, ports, nil, canary22)
+			p.Src, p.SrcPort = src, uint16(61000+i)
+			paths = append(paths, p)
+			w.target.must(netlink.NeighSet(&netlink.Neigh{
+				LinkIndex: w.back.Index, IP: src.AsSlice(), HardwareAddr: w.link.Src, State: netlink.NUD_PERMANENT,
+			}))
+		}
+	})
+	r := w.sweep(Config{Paths: paths})
+	for i, p := range r.Paths {
+		if p.Alive != (i%2 == 0) {
+			t.Errorf("path %d: alive %v", i, p.Alive)
+		}
+		want(t, fmt.Sprint("path ", i), ports, p.TCP, func(port uint16) Answer {
+			switch {
+			case i%2 == 1:
+				return Answer{Unknown, PathNotProven}
+			case port == 80:
+				return Answer{Closed, TCPReset}
+			}
+			return Answer{Filtered, NoResponse}
+		})
+	}
+	if r.Bound > 1e-6 {
+		t.Errorf("bound %g", r.Bound)
+	}
+}
+
+// Answers may come back over another link than their probes left by, and one
+// run may have paths over several.
+func TestSweepTwoLinks(t *testing.T) {
+	w := newWorld(t)
+	second, secondBack := wire(t, w.vantage, w.target, "veth1", "eth1")
+	for _, dev := range []string{"all", "eth0", "eth1"} {
+		w.target.sysctl("net.ipv4.conf."+dev+".rp_filter", "0")
+	}
+	src := netip.MustParseAddr("10.77.0.1")
+	w.target.do(func() {
+		w.target.must(netlink.RouteAdd(&netlink.Route{
+			LinkIndex: secondBack.Index, Scope: netlink.SCOPE_LINK, Dst: &net.IPNet{IP: src.AsSlice(), Mask: net.CIDRMask(32, 32)},
+		}))
+		w.target.must(netlink.NeighSet(&netlink.Neigh{
+			LinkIndex: secondBack.Index, IP: src.AsSlice(), HardwareAddr: second.Src, State: netlink.NUD_PERMANENT,
+		}))
+	})
+	w.firewall(`iifname "eth0" tcp dport 100-199 accept`, `iifname "eth1" tcp dport 200-299 accept`, "icmp type echo-request accept")
+	ports := portRange(1, 1000)
+	over0, over1 := w.path(false, ports, nil, canaryEcho), w.path(false, ports, nil, canaryEcho)
+	over0.Src, over1.Src = src, src
+	over1.Link, over1.SrcPort = second, 61005
+	r := w.sweep(Config{Paths: []Path{over0, over1}})
+	w.wantAlive(r)
+	for i, p := range r.Paths {
+		want(t, fmt.Sprint("link ", i), ports, p.TCP, func(port uint16) Answer {
+			if int(port)/100 == i+1 {
+				return Answer{Closed, TCPReset}
+			}
+			return Answer{Filtered, NoResponse}
+		})
+	}
+}
+
+func TestRingCountsDrops(t *testing.T) {
+	w := newWorld(t)
+	paths := []Path{w.path(false, nil, nil)}
+	filter, err := answerFilter(paths)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r *ring
+	w.vantage.do(func() {
+		r, err = openRing(filter)
+		w.vantage.must(err)
+	})
+	defer r.close()
+	const frames = 300000
+	w.target.do(func() {
+		l, err := openLink(w.back)
+		w.target.must(err)
+		defer l.close()
+		rev, b := udpTemplate(w.reverse(false)), newBatch()
+		for i := range frames {
+			b.add(rev.udp(b.next(), uint16(i), paths[0].SrcPort))
+			if b.n == batchSize {
+				if _, err := b.send(l, stallLimit); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	})
+	time.Sleep(20 * time.Millisecond) // until the last block is handed over
+	got := 0
+	for r.block(func(p []byte) {
+		var a reply
+		if parseReply(p, &a) && a.kind == replyUDP {
+			got++
+		}
+	}) {
+	}
+	drops, err := r.drops()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if drops == 0 || got+drops < frames-batchSize || got < 20000 {
+		t.Errorf("read %d, dropped %d of %d", got, drops, frames)
+	}
+	if again, _ := r.drops(); again != 0 {
+		t.Errorf("%d drops counted twice", again)
+	}
+}
+
+// What our own ring lost is no silence.
+func TestTaintedWindowsProveNothing(t *testing.T) {
+	e := &engine{pools: []*pool{new(pool)}}
+	p := &sweepPath{Path: &Path{}, pool: e.pools[0], proven: true}
+	f := newFlow(p, rules.TCP, []uint16{1, 2})
+	p.tcpFlow = f
+	e.paths, e.flows = []*sweepPath{p}, []*flow{f}
+	p.windows = []*window{{sent: 200, got: 200, last: 1000}, {sent: 200, got: 200, last: 2000}}
+	f.window[0], f.window[1] = 1, 2
+	e.taint(1500)
+	e.judge([]sweepProbe{{f, 0}, {f, 1}})
+	if f.miss[0] > 0.02 || f.good[0] != 1 {
+		t.Errorf("before the drops: miss %g, %d good probes", f.miss[0], f.good[0])
+	}
+	if f.miss[1] != 1 || f.good[1] != 0 {
+		t.Errorf("amid the drops: miss %g, %d good probes", f.miss[1], f.good[1])
+	}
+	if !e.lossSeen {
+		t.Error("drops are no loss")
 	}
 }
 
@@ -903,10 +1045,8 @@ func TestSweepRefuses(t *testing.T) {
 		})
 	}
 	t.Run("link down", func(t *testing.T) {
+		w.vantage.plug(w.link, false)
 		w.vantage.do(func() {
-			l, err := netlink.LinkByIndex(w.link.Index)
-			w.vantage.must(err)
-			w.vantage.must(netlink.LinkSetDown(l))
 			if _, err := Sweep(context.Background(), Config{Paths: []Path{good()}}); !errors.Is(err, unix.ENETDOWN) {
 				t.Errorf("got %v, want ENETDOWN", err)
 			}
