@@ -93,3 +93,20 @@ func homeOf(name string) string {
 	}
 	return ""
 }
+
+// Keys lists every key of the policy language as a dotted name, sorted; * stands
+// for the name of a table: "open.*.ports".
+func Keys() []string {
+	var out []string
+	for prefix, names := range map[string][]string{
+		"default.": defaultSchema.names(), "open.*.": openSchema.names(), "set.*.": setSchema.names(),
+		"published.": publishedSchema.names(), "icmp.": icmpSchema.names(), "dhcp.": dhcpSchema.names(),
+	} {
+		for _, n := range names {
+			out = append(out, prefix+n)
+		}
+	}
+	out = append(out, "version")
+	slices.Sort(out)
+	return out
+}

@@ -71,7 +71,7 @@ type LookConfig struct {
 }
 
 // Look probes a host from this machine, which is the outside, and judges what
-// it saw. Errors to test for: [ErrPermission], [ErrLocalTarget], [ErrNoRoute],
+// it saw. Errors to test for: [fs.ErrPermission], [ErrLocalTarget], [ErrNoRoute],
 // [ErrNoNeighbour], [ErrNotEthernet].
 func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	var views []View
@@ -81,7 +81,7 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	for i, dst := range cfg.Targets {
 		link, src, err := ResolveLink(dst)
 		if err != nil {
-			return nil, fmt.Errorf("look at %s: %w", dst, err)
+			return nil, err
 		}
 		v := View{In: cfg.In, Path: Path{
 			Link: link, Src: src, Dst: dst, SrcPort: ports[i], TCP: cfg.Ports.TCP, UDP: cfg.Ports.UDP,

@@ -73,6 +73,9 @@ type PathResult struct {
 	CanariesSent, CanariesLost int
 	// SentTCP and SentUDP count the probes put on the wire, repeats included.
 	SentTCP, SentUDP uint64
+	// Err is why the path ended, where the vantage knows it: its link went down
+	// or refused frames. It is nil for a path that merely fell silent.
+	Err error
 }
 
 // Target is a port of a protocol.

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -91,8 +93,8 @@ func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error
 	switch {
 	case errors.Is(err, verify.ErrLocalTarget):
 		return refused(err, "probe it from another machine: over loopback the policy is not asked")
-	case errors.Is(err, verify.ErrPermission):
-		return refused(err, "sudo deadlight verify …")
+	case errors.Is(err, fs.ErrPermission):
+		return refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …")
 	case err != nil:
 		return refused(err, "")
 	}

@@ -1,0 +1,280 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"encoding/xml"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"deadlight/verify"
+)
+
+// lab is a host under a policy and an outside with an address of its own, on
+// which other scanners can look at the host too.
+type lab struct {
+	*verify.World
+	host4, host6 netip.Addr
+	policy       string // file
+}
+
+const labPolicy = `version = 1
+[open.web]
+ports = [80, 443]
+[open.vendor]
+ports = "6000-6005"
+from = "192.0.2.0/24"
+[open.six]
+ports = 25
+family = "ipv6"
+[open.dns]
+ports = 53
+protocol = "udp"
+[open.wireguard]
+ports = 9000
+interfaces = "wg0"
+`
+
+// newLab puts a policy in force and listeners behind listed and unlisted ports.
+func newLab(t *testing.T, policy string) *lab {
+	t.Helper()
+	l := &lab{host4: netip.MustParseAddr("203.0.113.10"), host6: netip.MustParseAddr("2001:db8:77::10")}
+	var err error
+	if l.World, err = verify.NewWorld(verify.WorldConfig{Host4: l.host4, Host6: l.host6, Links: []string{"eth0"}}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	l.policy = filepath.Join(t.TempDir(), "policy.toml")
+	if err := os.WriteFile(l.policy, []byte(policy), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Host(func() error {
+		rs, problems, err := parsePolicy(l.policy)
+		if err != nil || rs == nil {
+			t.Errorf("%v %v", problems, err)
+			return err
+		}
+		_, err = applyHere(rs)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	ports := []uint16{22, 25, 53, 80, 443, 3306, 6000, 6003, 8080, 9000, 50000}
+	listeners, err := verify.Listen(l.Host, ports, ports)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listeners.Close() })
+	out := l.Link("eth0")
+	link, err := netlink.LinkByIndex(out.Index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range []struct{ own, host string }{{"203.0.113.20/32", "203.0.113.10/32"}, {"2001:db8:77::20/128", "2001:db8:77::10/128"}} {
+		own, err := netlink.ParseAddr(a.own)
+		if err != nil {
+			t.Fatal(err)
+		}
+		own.Flags = 0x02 // IFA_F_NODAD
+		if err := netlink.AddrAdd(link, own); err != nil {
+			t.Fatal(err)
+		}
+		_, dst, err := net.ParseCIDR(a.host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: out.Index, Dst: dst, Src: own.IP, Scope: netlink.SCOPE_LINK}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return l
+}
+
+// runJSON runs a command line in this process and decodes its report.
+func runJSON(t *testing.T, wantCode int, args ...string) verifyReport {
+	t.Helper()
+	var out, errs bytes.Buffer
+	if code := run(args, env{stdin: strings.NewReader(""), stdout: &out, stderr: &errs}); code != wantCode {
+		t.Fatalf("%v exits with %d, want %d:\n%s%s", args, code, wantCode, out.String(), errs.String())
+	}
+	var r verifyReport
+	if err := json.Unmarshal(out.Bytes(), &r); err != nil {
+		t.Fatalf("%v: %v\n%s", args, err, out.String())
+	}
+	return r
+}
+
+type verifyReport struct {
+	Verdict  string                   `json:"verdict"`
+	Bound    float64                  `json:"bound"`
+	States   map[string]verify.States `json:"states"`
+	Findings []struct {
+		Port     uint16
+		Protocol string
+		Observed string
+		Family   string
+	} `json:"findings"`
+	Notes []string `json:"notes"`
+}
+
+func TestVerifyTarget(t *testing.T) {
+	l := newLab(t, labPolicy)
+	r := runJSON(t, exitOK, "verify", l.policy, "--target", l.host4.String(), "--target", l.host6.String(), "--json")
+	want := map[string]string{"tcp4": "80,443", "tcp6": "25,80,443", "udp4": "53", "udp6": "53"}
+	for k, open := range want {
+		if r.States[k].Open != open || r.States[k].Closed != "" || r.States[k].Unknown != "" {
+			t.Errorf("%s: %+v, want open %s", k, r.States[k], open)
+		}
+	}
+	if r.Bound > 1e-6 {
+		t.Errorf("bound %g", r.Bound)
+	}
+	notes := strings.Join(r.Notes, "\n")
+	for _, note := range []string{"unproved: silence", "not judged"} {
+		if !strings.Contains(notes, note) {
+			t.Errorf("no note %q: %q", note, r.Notes)
+		}
+	}
+
+	// A hole is named, by port and family, with exit 1.
+	hole := []string{"sh", "-c", "for c in gate backstop_in; do nft insert rule inet deadlight $c meta nfproto ipv4 tcp dport 3306 accept; done"}
+	if err := l.Command(t.Context(), hole, os.Stderr, os.Stderr); err != nil {
+		t.Fatal(err)
+	}
+	r = runJSON(t, exitFindings, "verify", l.policy, "--target", l.host4.String(), "--target", l.host6.String(), "--ports", "tcp", "--json")
+	if len(r.Findings) != 1 || r.Findings[0].Port != 3306 || r.Findings[0].Family != "ipv4" || r.Findings[0].Observed != "open" {
+		t.Errorf("findings %+v", r.Findings)
+	}
+	if _, ok := r.States["udp4"]; ok {
+		t.Errorf("--ports tcp probed UDP")
+	}
+}
+
+// A dead path proves nothing: every port is unknown, and the exit code says so.
+func TestVerifyDeadPath(t *testing.T) {
+	l := newLab(t, labPolicy)
+	if err := l.Command(t.Context(), []string{"nft", "insert rule inet deadlight gate drop"}, os.Stderr, os.Stderr); err != nil {
+		t.Fatal(err)
+	}
+	r := runJSON(t, exitRefused, "verify", l.policy, "--target", l.host4.String(), "--ports", "1-100/tcp", "--json")
+	if r.Verdict != "inconclusive" || r.States["tcp4"].Unknown != "1-100" {
+		t.Errorf("%s %+v", r.Verdict, r.States["tcp4"])
+	}
+}
+
+func TestVerifyOwnAddress(t *testing.T) {
+	l := newLab(t, labPolicy)
+	var out, errs bytes.Buffer
+	code := run([]string{"verify", l.policy, "--target", "203.0.113.20"}, env{stdout: &out, stderr: &errs})
+	if code != exitRefused || !strings.Contains(errs.String(), "from another machine") {
+		t.Errorf("exit %d: %s", code, errs.String())
+	}
+}
+
+// nmap, an independent witness, must agree on every TCP port.
+func TestNmapAgrees(t *testing.T) {
+	for name, policy := range map[string]string{
+		"drop":   labPolicy,
+		"reject": labPolicy + "[default]\ninput = \"reject\"\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t, policy)
+			r := runJSON(t, exitOK, "verify", l.policy, "--target", l.host4.String(), "--target", l.host6.String(), "--ports", "tcp", "--json")
+			for key, addr := range map[string]netip.Addr{"tcp4": l.host4, "tcp6": l.host6} {
+				ours := r.States[key]
+				theirs := nmap(t, addr)
+				for state, ports := range map[string]string{"open": ours.Open, "closed": ours.Closed} {
+					if theirs[state] != ports {
+						t.Errorf("%s %s: nmap %q, deadlight %q", key, state, theirs[state], ports)
+					}
+				}
+				// nmap calls rejected filtered as well.
+				if n := countPorts(ours.Filtered) + countPorts(ours.Rejected); countPorts(theirs["filtered"]) != n {
+					t.Errorf("%s: nmap says %d filtered, deadlight %d", key, countPorts(theirs["filtered"]), n)
+				}
+			}
+		})
+	}
+}
+
+// nmap scans every TCP port and gives the ports by state, as ranges.
+func nmap(t *testing.T, addr netip.Addr) map[string]string {
+	t.Helper()
+	args := []string{"-n", "-Pn", "-sS", "-p-", "--min-rate", "20000", "--max-retries", "2", "-oX", "-", addr.String()}
+	if addr.Is6() {
+		args = append([]string{"-6"}, args...)
+	}
+	out, err := exec.Command("nmap", args...).Output()
+	if err != nil {
+		t.Fatalf("nmap: %v", err)
+	}
+	var doc struct {
+		Ports []struct {
+			ID    string `xml:"portid,attr"`
+			State struct {
+				State string `xml:"state,attr"`
+			} `xml:"state"`
+		} `xml:"host>ports>port"`
+		Extra []struct {
+			State string `xml:"state,attr"`
+			Why   []struct {
+				Ports string `xml:"ports,attr"`
+			} `xml:"extrareasons"`
+		} `xml:"host>ports>extraports"`
+	}
+	if err := xml.Unmarshal(out, &doc); err != nil {
+		t.Fatalf("nmap: %v", err)
+	}
+	ports := map[string][]uint16{}
+	for _, p := range doc.Ports {
+		n, err := strconv.ParseUint(p.ID, 10, 16)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports[p.State.State] = append(ports[p.State.State], uint16(n))
+	}
+	for _, e := range doc.Extra {
+		for _, w := range e.Why {
+			p, err := verify.ParsePorts(strings.ReplaceAll(w.Ports, ",", "/tcp,") + "/tcp")
+			if err != nil {
+				t.Fatal(err)
+			}
+			ports[e.State] = append(ports[e.State], p.TCP...)
+		}
+	}
+	states := map[string]string{}
+	total := 0
+	for s, list := range ports {
+		slices.Sort(list)
+		states[s] = verify.Ranges(list)
+		total += len(list)
+	}
+	if total != 65535 {
+		t.Fatalf("nmap speaks of %d ports", total)
+	}
+	return states
+}
+
+func countPorts(ranges string) int {
+	if ranges == "" {
+		return 0
+	}
+	p, err := verify.ParsePorts(strings.ReplaceAll(ranges, ",", "/tcp,") + "/tcp")
+	if err != nil {
+		return -1
+	}
+	return len(p.TCP)
+}

@@ -1,0 +1,27 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+)
+
+// TestReadme: the README tells of every command and every exit code.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(readme)
+	for _, c := range newRootCommand(env{}).Commands() {
+		if row := "| `deadlight " + c.Use + "`"; !strings.Contains(text, row) {
+			t.Errorf("README.md has no row that begins %q", row)
+		}
+	}
+	for _, code := range []int{exitOK, exitFindings, exitUsage, exitRefused, exitBug, exitInterrupted} {
+		if row := fmt.Sprintf("\n| %d | ", code); !strings.Contains(text, row) {
+			t.Errorf("README.md does not explain exit code %d", code)
+		}
+	}
+}
