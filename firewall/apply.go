@@ -3,6 +3,7 @@ package firewall
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -22,16 +23,17 @@ type Result struct {
 // [ErrPermission], [ErrStale] (somebody keeps writing), [ErrTooLarge],
 // [*TransactionError], [*MismatchError].
 func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
-	want, err := encode(&rs.Table)
-	if err != nil {
-		return Result{}, fmt.Errorf("encode the ruleset: %w", err)
-	}
-	wanted, err := snapshotOf(want.all())
-	if err != nil {
-		return Result{}, err
-	}
 	const tries = 10
 	for range tries {
+		now := time.Now()
+		want, err := encode(&rs.Table, now)
+		if err != nil {
+			return Result{}, fmt.Errorf("encode the ruleset: %w", err)
+		}
+		wanted, err := snapshotOf(want.all(), now)
+		if err != nil {
+			return Result{}, err
+		}
 		is, err := c.Snapshot(rs.Table.Name)
 		if err != nil {
 			return Result{}, err
@@ -69,7 +71,7 @@ func replace(table string, is *Snapshot, want *encoded) []message {
 	if is.Present {
 		out = append(out, clear(table, is, want)...)
 	}
-	for _, part := range [][]message{want.counters, want.chains, want.sets, want.elements, want.rules} {
+	for _, part := range [][]message{want.objects, want.chains, want.sets, want.elements, want.rules} {
 		out = append(out, part...)
 	}
 	return out
@@ -77,9 +79,14 @@ func replace(table string, is *Snapshot, want *encoded) []message {
 
 // clear empties the table but for the base chains and counters that stay.
 func clear(table string, is *Snapshot, want *encoded) []message {
-	wanted, err := snapshotOf(append(append([]message{}, want.chains...), want.counters...))
+	wanted, err := snapshotOf(want.all(), time.Time{})
 	if err != nil {
 		wanted = newSnapshot() // then nothing stays
+	}
+	// A meter whose rule did not change keeps what it has counted.
+	stays := func(name string) bool {
+		set := is.sets[name]
+		return set.meter && set.definition == wanted.sets[name].definition
 	}
 	del := func(typ, tableAttr, nameAttr uint16, name, what string) message {
 		b := attrString(nil, tableAttr, table)
@@ -91,7 +98,7 @@ func clear(table string, is *Snapshot, want *encoded) []message {
 	out := []message{del(unix.NFT_MSG_DELRULE, unix.NFTA_RULE_TABLE, 0, "", "the old rules")}
 	// Maps hold on to the chains they jump to.
 	for _, name := range sortedKeys(is.sets) {
-		if !is.sets[name].anonymous && len(is.sets[name].elements) > 0 {
+		if !is.sets[name].anonymous && !stays(name) {
 			out = append(out, del(unix.NFT_MSG_DELSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, "the elements of set"))
 		}
 	}
@@ -102,16 +109,16 @@ func clear(table string, is *Snapshot, want *encoded) []message {
 		}
 	}
 	for _, name := range sortedKeys(is.sets) {
-		if !is.sets[name].anonymous { // anonymous sets end with their rule
+		if !is.sets[name].anonymous && !stays(name) { // anonymous sets end with their rule
 			out = append(out, del(unix.NFT_MSG_DELSET, unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, name, "set"))
 		}
 	}
-	for _, name := range sortedKeys(is.objects) {
-		if is.objects[name] != wanted.objects[name] {
+	for _, key := range sortedKeys(is.objects) {
+		if o := is.objects[key]; o != wanted.objects[key] {
 			b := attrString(nil, unix.NFTA_OBJ_TABLE, table)
-			b = attrString(b, unix.NFTA_OBJ_NAME, name)
-			b = attr32(b, unix.NFTA_OBJ_TYPE, is.objects[name])
-			out = append(out, message{typ: unix.NFT_MSG_DELOBJ, attrs: b, what: "removal of object " + name})
+			b = attrString(b, unix.NFTA_OBJ_NAME, o.name)
+			b = attr32(b, unix.NFTA_OBJ_TYPE, o.typ)
+			out = append(out, message{typ: unix.NFT_MSG_DELOBJ, attrs: b, what: "removal of " + key})
 		}
 	}
 	for _, name := range sortedKeys(is.flowtables) {

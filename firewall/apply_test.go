@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -54,7 +55,7 @@ func TestShowLoadsTheSameTable(t *testing.T) {
 				mustApply(t, dial(t), rs)
 				ours := listTable(t)
 				var b bytes.Buffer
-				if err := rs.Table.WriteNFT(&b); err != nil {
+				if err := rs.Table.WriteNFT(&b, time.Now()); err != nil {
 					t.Fatal(err)
 				}
 				file := filepath.Join(t.TempDir(), "show.nft")
@@ -223,7 +224,7 @@ func TestStaleGenerationChangesNothing(t *testing.T) {
 		}
 		nft(t, "add table ip somebody")
 		before := nft(t, "list", "ruleset")
-		e, err := encode(&ruleset(t, everything).Table)
+		e, err := encode(&ruleset(t, everything).Table, time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}

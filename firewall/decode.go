@@ -2,12 +2,14 @@ package firewall
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
 	"sort"
 	"strings"
+	"time"
 
 	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
@@ -21,10 +23,11 @@ import (
 type Snapshot struct {
 	Generation Generation
 	Present    bool
+	at         time.Time // when it was read
 	table      string
 	chains     map[string]chainState
 	sets       map[string]setState
-	objects    map[string]uint32 // by name: NFT_OBJECT_*
+	objects    map[string]objectState // by kind and name
 	flowtables map[string]string
 }
 
@@ -43,13 +46,21 @@ type ruleState struct {
 type setState struct {
 	definition string
 	anonymous  bool
-	elements   []string // canonical, sorted
+	meter      bool      // filled by packets: its elements are no part of a ruleset
+	elements   []string  // canonical, sorted
+	until      time.Time // when the last of its elements vanishes; zero: never
+}
+
+type objectState struct {
+	name string
+	typ  uint32 // NFT_OBJECT_*
+	data string // of a limit; what others hold is counts
 }
 
 func newSnapshot() *Snapshot {
 	return &Snapshot{
 		chains: map[string]chainState{}, sets: map[string]setState{},
-		objects: map[string]uint32{}, flowtables: map[string]string{},
+		objects: map[string]objectState{}, flowtables: map[string]string{},
 	}
 }
 
@@ -122,23 +133,60 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 		name := cString(get(unix.NFTA_SET_NAME))
 		set := s.sets[name]
 		set.definition = canonical(attrs, skipSet(), setShape())
-		set.anonymous = be32(get(unix.NFTA_SET_FLAGS))&unix.NFT_SET_ANONYMOUS != 0
+		flags := be32(get(unix.NFTA_SET_FLAGS))
+		set.anonymous, set.meter = flags&unix.NFT_SET_ANONYMOUS != 0, flags&unix.NFT_SET_EVAL != 0
 		s.sets[name] = set
 	case unix.NFT_MSG_NEWSETELEM:
 		name := cString(get(unix.NFTA_SET_ELEM_LIST_SET))
 		set := s.sets[name]
 		for _, el := range attributes(get(unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
-			set.elements = append(set.elements, canonical(el, []uint16{unix.NFTA_SET_ELEM_EXPIRATION}, elementShape()))
+			set.elements = append(set.elements, canonical(el, []uint16{unix.NFTA_SET_ELEM_TIMEOUT, unix.NFTA_SET_ELEM_EXPIRATION}, elementShape()))
+			if left := timeLeft(el); left > 0 && s.at.Add(left).After(set.until) {
+				set.until = s.at.Add(left)
+			}
 		}
 		s.sets[name] = set
 	case unix.NFT_MSG_NEWOBJ:
-		s.objects[cString(get(unix.NFTA_OBJ_NAME))] = be32(get(unix.NFTA_OBJ_TYPE))
+		o := objectState{name: cString(get(unix.NFTA_OBJ_NAME)), typ: be32(get(unix.NFTA_OBJ_TYPE))}
+		if o.typ == unix.NFT_OBJECT_LIMIT {
+			o.data = canonical(get(unix.NFTA_OBJ_DATA), nil, nil)
+		}
+		s.objects[objectKind(o.typ)+" "+o.name] = o
 	case unix.NFT_MSG_NEWFLOWTABLE:
 		s.flowtables[cString(get(nftaFlowName))] = "flowtable"
 	default:
 		return fmt.Errorf("read the ruleset: unexpected message %d", typ)
 	}
 	return nil
+}
+
+// timeLeft is how long an element has to live: what the kernel says is left, or
+// in a message of ours the whole timeout; 0 when it stays.
+func timeLeft(el []byte) time.Duration {
+	var left time.Duration
+	for t, v := range attributes(el) {
+		if len(v) != 8 {
+			continue
+		}
+		ms := time.Duration(binary.BigEndian.Uint64(v)) * time.Millisecond
+		if t == unix.NFTA_SET_ELEM_EXPIRATION {
+			return ms
+		}
+		if t == unix.NFTA_SET_ELEM_TIMEOUT {
+			left = ms
+		}
+	}
+	return left
+}
+
+func objectKind(typ uint32) string {
+	switch typ {
+	case unix.NFT_OBJECT_COUNTER:
+		return "counter"
+	case unix.NFT_OBJECT_LIMIT:
+		return "limit"
+	}
+	return fmt.Sprintf("object of type %d", typ)
 }
 
 // finish sorts what has no order.
@@ -246,8 +294,9 @@ func canonicalRule(attrs []byte) string {
 }
 
 // snapshotOf says what a table will hold once the messages are committed.
-func snapshotOf(msgs []message) (*Snapshot, error) {
+func snapshotOf(msgs []message, now time.Time) (*Snapshot, error) {
 	s := newSnapshot()
+	s.at = now
 	for _, m := range msgs {
 		if err := s.add(m.typ, m.attrs); err != nil {
 			return nil, err
@@ -280,7 +329,7 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.Generation = gen
+	s.Generation, s.at = gen, time.Now()
 	into := func(r reply) error { return s.add(r.typ, r.attrs) }
 	err = c.ask(unix.NFT_MSG_GETTABLE, 0, unix.NFPROTO_INET, attrString(nil, unix.NFTA_TABLE_NAME, table), into)
 	if errors.Is(err, unix.ENOENT) {
@@ -316,6 +365,9 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 		}
 	}
 	for _, name := range sortedKeys(s.sets) {
+		if s.sets[name].meter {
+			continue
+		}
 		q := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
 		q = attrString(q, unix.NFTA_SET_ELEM_LIST_SET, name)
 		if err := c.dump(unix.NFT_MSG_GETSETELEM, q, into); err != nil {

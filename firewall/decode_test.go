@@ -2,10 +2,11 @@ package firewall
 
 import (
 	"testing"
+	"time"
 )
 
 func FuzzDecode(f *testing.F) {
-	e, err := encode(&ruleset(f, everything).Table)
+	e, err := encode(&ruleset(f, everything).Table, time.Now())
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -42,7 +43,7 @@ func FuzzReplies(f *testing.F) {
 // addresses once had the same canonical form.
 func TestElementsThatLookLikeAttributesDiffer(t *testing.T) {
 	element := func(a, b, c, d byte) string {
-		return canonical(appendElement(nil, []byte{a, b, c, d}, 0, "")[4:], nil, elementShape())
+		return canonical(appendElement(nil, []byte{a, b, c, d}, 0, "", 0)[4:], nil, elementShape())
 	}
 	if element(4, 0, 1, 128) == element(4, 0, 1, 0) {
 		t.Error("4.0.1.128 and 4.0.1.0 are the same")
@@ -51,11 +52,11 @@ func TestElementsThatLookLikeAttributesDiffer(t *testing.T) {
 
 func TestDiffNamesEveryKind(t *testing.T) {
 	snapshot := func(text string) *Snapshot {
-		e, err := encode(&ruleset(t, text).Table)
+		e, err := encode(&ruleset(t, text).Table, time.Time{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		s, err := snapshotOf(e.all())
+		s, err := snapshotOf(e.all(), time.Time{})
 		if err != nil {
 			t.Fatal(err)
 		}

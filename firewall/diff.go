@@ -3,6 +3,7 @@ package firewall
 import (
 	"fmt"
 	"slices"
+	"time"
 )
 
 // Difference is one way in which two tables differ.
@@ -16,6 +17,10 @@ type Difference struct {
 func (d Difference) String() string {
 	return map[string]string{"add": "missing", "remove": "unexpected", "change": "different"}[d.Action] + " " + d.Kind + " " + d.Name
 }
+
+// clockSlack is how far two deadlines may lie apart and still be one: the kernel
+// counts down in its own ticks, and reading takes time.
+const clockSlack = 2 * time.Second
 
 // Diff lists what separates the table that is from the table that is wanted.
 // Equal tables give nil.
@@ -42,9 +47,12 @@ func Diff(is, wanted *Snapshot) []Difference {
 		if a.definition != b.definition {
 			return []Difference{{"change", "set", name}}
 		}
+		if d := a.until.Sub(b.until).Abs(); d > clockSlack {
+			return []Difference{{"change", "set", name}} // it ends at another time
+		}
 		return diffElements(name, a.elements, b.elements)
 	})...)
-	out = append(out, diffMaps("object", is.objects, wanted.objects, func(name string, a, b uint32) []Difference {
+	out = append(out, diffMaps("object", is.objects, wanted.objects, func(name string, a, b objectState) []Difference {
 		if a != b {
 			return []Difference{{"change", "object", name}}
 		}

@@ -4,7 +4,10 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"os/user"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -28,22 +31,23 @@ const nfTableComment userdata.Type = 0
 type encoded struct {
 	table    message
 	chains   []message
-	counters []message
+	objects  []message // counters and limits
 	sets     []message
 	elements []message
 	rules    []message
 }
 
-// all gives the messages in order. Counters stand first: rules name them.
+// all gives the messages in order. Objects stand first: rules name them.
 func (e *encoded) all() []message {
 	out := []message{e.table}
-	for _, part := range [][]message{e.counters, e.chains, e.sets, e.elements, e.rules} {
+	for _, part := range [][]message{e.objects, e.chains, e.sets, e.elements, e.rules} {
 		out = append(out, part...)
 	}
 	return out
 }
 
-func encode(t *rules.Table) (*encoded, error) {
+// encode writes what expires with the time that is left at now.
+func encode(t *rules.Table, now time.Time) (*encoded, error) {
 	e := &encoded{}
 	b := attrString(nil, unix.NFTA_TABLE_NAME, t.Name)
 	b = attr(b, nftaTableUserdata, userdata.AppendString(nil, nfTableComment, t.Comment))
@@ -51,7 +55,10 @@ func encode(t *rules.Table) (*encoded, error) {
 	b = attr32(b, unix.NFTA_TABLE_FLAGS, 0)
 	e.table = message{unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, b, "table inet " + t.Name}
 	for _, name := range t.Counters {
-		e.counters = append(e.counters, encodeCounter(t.Name, name))
+		e.objects = append(e.objects, encodeCounter(t.Name, name))
+	}
+	for _, l := range t.Limits {
+		e.objects = append(e.objects, encodeLimit(t.Name, l))
 	}
 	for i := range t.Chains {
 		e.chains = append(e.chains, encodeChain(t.Name, &t.Chains[i]))
@@ -62,7 +69,7 @@ func encode(t *rules.Table) (*encoded, error) {
 			return nil, err
 		}
 		e.sets = append(e.sets, m)
-		e.elements = append(e.elements, encodeElements(t.Name, &t.Sets[i])...)
+		e.elements = append(e.elements, encodeElements(t.Name, &t.Sets[i], now)...)
 	}
 	for i := range t.Chains {
 		for k, r := range t.Chains[i].Rules {
@@ -82,6 +89,23 @@ func encodeCounter(table, name string) message {
 	b = attr32(b, unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_COUNTER)
 	b = nest(b, unix.NFTA_OBJ_DATA, nil)
 	return message{unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, b, "counter " + name}
+}
+
+func encodeLimit(table string, l rules.Limit) message {
+	limit := limitOf(l.Rate)
+	data := attr(nil, unix.NFTA_LIMIT_RATE, binary.BigEndian.AppendUint64(nil, limit.Rate))
+	data = attr(data, unix.NFTA_LIMIT_UNIT, binary.BigEndian.AppendUint64(nil, uint64(limit.Unit)))
+	data = attr32(data, unix.NFTA_LIMIT_BURST, limit.Burst)
+	data = attr32(data, unix.NFTA_LIMIT_TYPE, uint32(limit.Type))
+	b := attrString(nil, unix.NFTA_OBJ_TABLE, table)
+	b = attrString(b, unix.NFTA_OBJ_NAME, l.Name)
+	b = attr32(b, unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_LIMIT)
+	b = nest(b, unix.NFTA_OBJ_DATA, data)
+	return message{unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, b, "limit " + l.Name}
+}
+
+func limitOf(r rules.Rate) *expr.Limit {
+	return &expr.Limit{Type: expr.LimitTypePkts, Rate: r.Limit, Unit: expr.LimitTime(r.Per / time.Second), Burst: r.Burst}
 }
 
 func hookNumber(h rules.Hook) uint32 {
@@ -113,6 +137,7 @@ func dataType(t rules.SetType) nftables.SetDatatype {
 		rules.TypePort: nftables.TypeInetService, rules.TypeIPv4: nftables.TypeIPAddr, rules.TypeIPv6: nftables.TypeIP6Addr,
 		rules.TypeIfname: nftables.TypeIFName, rules.TypeICMP: nftables.TypeICMPType,
 		rules.TypeICMPv6: nftables.TypeICMP6Type, rules.TypeFibAddr: nftables.TypeFIBAddr,
+		rules.TypeProtocol: nftables.TypeInetProto, rules.TypeNfproto: nftables.TypeNFProto,
 	}[t]
 }
 
@@ -130,6 +155,12 @@ func encodeSet(table string, s *rules.Set, id uint32) (message, error) {
 	if s.Targets != nil {
 		flags |= unix.NFT_SET_MAP
 	}
+	if s.Meter {
+		flags |= unix.NFT_SET_EVAL
+	}
+	if s.MeterTimeout > 0 || !s.Until.IsZero() {
+		flags |= unix.NFT_SET_TIMEOUT
+	}
 	kt := dataType(s.Type)
 	b := attrString(nil, unix.NFTA_SET_TABLE, table)
 	b = attrString(b, unix.NFTA_SET_NAME, s.Name)
@@ -144,8 +175,11 @@ func encodeSet(table string, s *rules.Set, id uint32) (message, error) {
 	if n := s.Size(); n > 0 {
 		b = nest(b, unix.NFTA_SET_DESC, attr32(nil, unix.NFTA_SET_DESC_SIZE, uint32(n)))
 	}
+	if s.MeterTimeout > 0 {
+		b = attr(b, unix.NFTA_SET_TIMEOUT, binary.BigEndian.AppendUint64(nil, uint64(s.MeterTimeout.Milliseconds())))
+	}
 	order := uint32(bigEndian)
-	if s.Type == rules.TypeIfname || s.Type == rules.TypeFibAddr {
+	if s.Type == rules.TypeIfname || s.Type == rules.TypeFibAddr || s.Type == rules.TypeNfproto {
 		order = hostEndian
 	}
 	b = attr(b, unix.NFTA_SET_USERDATA, userdata.AppendUint32(nil, userdata.NFTNL_UDATA_SET_KEYBYTEORDER, order))
@@ -160,7 +194,11 @@ func ifnameKey(name string) []byte {
 }
 
 // encodeElements fills as many messages as the 64 KiB of an attribute ask for.
-func encodeElements(table string, s *rules.Set) []message {
+func encodeElements(table string, s *rules.Set, now time.Time) []message {
+	left := s.Left(now)
+	if left == 0 {
+		return nil // its time is over
+	}
 	head := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
 	head = attrString(head, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
 	const most = 1<<16 - 1<<10
@@ -181,9 +219,9 @@ func encodeElements(table string, s *rules.Set) []message {
 		if s.Targets != nil {
 			to = s.Targets[target]
 		}
-		list = appendElement(list, key, 0, to)
+		list = appendElement(list, key, 0, to, left)
 		if s.Interval && end != nil {
-			list = appendElement(list, end, unix.NFT_SET_ELEM_INTERVAL_END, "")
+			list = appendElement(list, end, unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
 		}
 	}
 	for i, p := range s.Ports {
@@ -223,10 +261,14 @@ func after(b []byte) []byte {
 	return nil
 }
 
-func appendElement(list, key []byte, flags uint32, target string) []byte {
+// appendElement writes one element; a left above 0 is when it vanishes by itself.
+func appendElement(list, key []byte, flags uint32, target string, left time.Duration) []byte {
 	el := nest(nil, unix.NFTA_SET_ELEM_KEY, attr(nil, unix.NFTA_DATA_VALUE, key))
 	if flags != 0 {
 		el = attr32(el, unix.NFTA_SET_ELEM_FLAGS, flags)
+	}
+	if left > 0 {
+		el = attr(el, unix.NFTA_SET_ELEM_TIMEOUT, binary.BigEndian.AppendUint64(nil, uint64(max(left.Milliseconds(), 1))))
 	}
 	if target != "" {
 		jump := int32(unix.NFT_JUMP)
@@ -289,6 +331,14 @@ func (w *ruleWriter) add(e rules.Expr) {
 	case rules.Count:
 		// The library sends the name without its NUL; the kernel reads it back with one.
 		w.emit(&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: e.Counter + "\x00"})
+	case rules.WithinLimit:
+		w.emit(&expr.Objref{Type: unix.NFT_OBJECT_LIMIT, Name: e.Limit + "\x00"})
+	case rules.WithinRate:
+		w.emit(limitOf(e.Rate))
+	case rules.MeterAdd:
+		w.meter(e)
+	case rules.LogPacket:
+		w.log(e)
 	case rules.RejectWith:
 		if e.TCPReset {
 			w.emit(&expr.Reject{Type: unix.NFT_REJECT_TCP_RST})
@@ -304,6 +354,35 @@ func (w *ruleWriter) add(e rules.Expr) {
 	default:
 		w.err = fmt.Errorf("no encoding for %T", e)
 	}
+}
+
+// meter notes a source, IPv6 by /64, and goes on while it keeps within the limit.
+func (w *ruleWriter) meter(m rules.MeterAdd) {
+	w.load(m.Field)
+	if m.Field == rules.IP6Saddr {
+		net := mask(netip.PrefixFrom(netip.IPv6Unspecified(), 64))
+		w.emit(&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 16, Mask: net, Xor: make([]byte, 16)})
+	}
+	set := &expr.Dynset{SrcRegKey: reg, SetName: m.Set}
+	if m.Rate != nil {
+		set.Operation, set.Exprs = unix.NFT_DYNSET_OP_UPDATE, []expr.Any{limitOf(*m.Rate)}
+	} else {
+		set.Operation, set.Exprs = unix.NFT_DYNSET_OP_ADD, []expr.Any{&expr.Connlimit{Count: uint32(m.Connections)}}
+	}
+	w.emit(set)
+}
+
+func (w *ruleWriter) log(l rules.LogPacket) {
+	e := &expr.Log{Key: 1 << unix.NFTA_LOG_PREFIX, Data: []byte(l.Prefix)}
+	if l.Group != nil {
+		e.Key |= 1 << unix.NFTA_LOG_GROUP
+		e.Group = *l.Group
+	} else {
+		// The kernel fills in warning; written, it reads back equal.
+		e.Key |= 1 << unix.NFTA_LOG_LEVEL
+		e.Level = expr.LogLevelWarning
+	}
+	w.emit(e)
 }
 
 func equal(data []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: data} }
@@ -351,7 +430,7 @@ func (w *ruleWriter) load(f rules.Field) {
 		payload(network, 24, 16)
 	case rules.UDPSport:
 		payload(transport, 0, 2)
-	case rules.TCPDport, rules.UDPDport:
+	case rules.TCPDport, rules.UDPDport, rules.SCTPDport:
 		payload(transport, 2, 2)
 	case rules.ICMPTypeField, rules.ICMPv6TypeField:
 		payload(transport, 0, 1)
@@ -367,6 +446,12 @@ func (w *ruleWriter) load(f rules.Field) {
 		w.emit(&expr.Ct{Key: expr.CtKeyPROTODST, Register: reg, OptDirection: true, Direction: rules.DirOriginal})
 	case rules.FibDaddrType:
 		w.emit(&expr.Fib{Register: reg, ResultADDRTYPE: true, FlagDADDR: true})
+	case rules.MetaOifname:
+		w.emit(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg})
+	case rules.MetaSkuid:
+		w.emit(&expr.Meta{Key: expr.MetaKeySKUID, Register: reg})
+	case rules.MetaSkgid:
+		w.emit(&expr.Meta{Key: expr.MetaKeySKGID, Register: reg})
 	case rules.FibDaddrOifname:
 		w.emit(&expr.Fib{Register: reg, ResultOIFNAME: true, FlagDADDR: true})
 	default:
@@ -378,7 +463,14 @@ func (w *ruleWriter) load(f rules.Field) {
 func (w *ruleWriter) match(m rules.Match) {
 	native := func(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
 	switch m.Field {
-	case rules.MetaIifname, rules.FibDaddrOifname:
+	case rules.MetaSkuid, rules.MetaSkgid:
+		id, err := lookupID(m.Field, m.Name)
+		if err != nil {
+			w.err = err
+			return
+		}
+		w.emit(equal(native(id)))
+	case rules.MetaIifname, rules.MetaOifname, rules.FibDaddrOifname:
 		if prefix, wild := strings.CutSuffix(m.Name, "*"); wild {
 			w.emit(equal([]byte(prefix)))
 		} else {
@@ -409,6 +501,32 @@ func (w *ruleWriter) match(m rules.Match) {
 	case rules.MetaL4proto:
 		w.protocol = rules.Protocol(m.Number)
 	}
+}
+
+// lookupID finds the number of a user or group; a number stands for itself.
+func lookupID(f rules.Field, name string) (uint32, error) {
+	if n, err := strconv.ParseUint(name, 10, 32); err == nil {
+		return uint32(n), nil
+	}
+	var id string
+	if f == rules.MetaSkuid {
+		u, err := user.Lookup(name)
+		if err != nil {
+			return 0, &NameError{"user", name, err}
+		}
+		id = u.Uid
+	} else {
+		g, err := user.LookupGroup(name)
+		if err != nil {
+			return 0, &NameError{"group", name, err}
+		}
+		id = g.Gid
+	}
+	n, err := strconv.ParseUint(id, 10, 32)
+	if err != nil {
+		return 0, fmt.Errorf("number of %q: %w", name, err)
+	}
+	return uint32(n), nil
 }
 
 func mask(p netip.Prefix) []byte {

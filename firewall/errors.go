@@ -83,3 +83,14 @@ func (e *MismatchError) Error() string {
 	}
 	return b.String()
 }
+
+// NameError says that a user or a group of the policy does not exist here.
+type NameError struct {
+	Kind, Name string // "user" or "group"
+	Err        error
+}
+
+func (e *NameError) Error() string { return fmt.Sprintf("there is no %s %q here", e.Kind, e.Name) }
+
+// Unwrap gives the error of os/user.
+func (e *NameError) Unwrap() error { return e.Err }

@@ -80,7 +80,7 @@ func listTable(t *testing.T) string {
 // ruleset compiles a policy given as text.
 func ruleset(t testing.TB, text string) *rules.Ruleset {
 	t.Helper()
-	p, problems := rules.Parse("policy.toml", []byte("version = 1\n"+text))
+	p, problems := rules.Parse("policy.toml", []byte("version = 1\n"+text), nil)
 	if p == nil {
 		var b strings.Builder
 		rules.Render(&b, problems, "")

@@ -1,10 +1,9 @@
 package rules
 
 import (
-	"fmt"
 	"slices"
 	"sort"
-	"strings"
+	"time"
 )
 
 // Priorities of the base chains. The gate runs after conntrack (-200) and ahead
@@ -22,6 +21,7 @@ const (
 	chainBackstopIn = "backstop_in"
 	chainBackstopFw = "backstop_forward"
 	chainSilence    = "silence"
+	chainEgress     = "egress"
 	chainContainers = "container_route"
 	setPublished    = "published_if"
 	setDHCP         = "dhcp_if"
@@ -31,31 +31,57 @@ const (
 // Compile turns a policy into the table that enforces it. It cannot fail: a
 // Policy is valid by construction.
 func Compile(p *Policy) *Ruleset {
-	c := &compiler{policy: p, counters: map[string]bool{}}
+	c := &compiler{policy: p, counters: map[string]bool{}, named: map[string]*AddressSet{}, made: map[string]bool{}}
+	for i := range p.Sets {
+		c.named[p.Sets[i].Name] = &p.Sets[i]
+	}
+	rs := &Ruleset{Policy: p}
 	c.baseSets()
-	c.openSets()
-	gate, rest := c.gate(), append(c.containerRoute(), c.essentials()...)
-	rest = append(rest, c.openChains()...)
-	chains := []Chain{gate, c.backstopInput(), c.backstopForward(), c.silence()}
-	t := Table{
-		Name:    TableName,
-		Comment: "managed by deadlight",
-		Sets:    c.sets,
-		Chains:  append(chains, rest...),
+	c.open = &group{kind: "open", iface: MetaIifname, verdict: VerdictAccept}
+	for i := range p.Open {
+		c.open.traffic = append(c.open.traffic, &p.Open[i].Traffic)
 	}
+	block := &group{kind: "block", iface: MetaIifname, verdict: VerdictDrop}
+	for i := range p.Block {
+		block.traffic = append(block.traffic, &p.Block[i].Traffic)
+	}
+	egress := &group{kind: "egress", iface: MetaOifname, verdict: VerdictAccept}
+	if p.Default.Output != Accept {
+		for i := range p.Egress {
+			egress.traffic = append(egress.traffic, &p.Egress[i].Traffic)
+		}
+	}
+	blocked, opened, leaving := c.group(block), c.group(c.open), c.group(egress)
+	rs.opens, rs.blocks = c.open.index, block.index
+	c.listedSets()
+
+	chains := []Chain{c.gate(blocked, opened), c.backstopInput(), c.backstopForward(), c.silence()}
+	if p.Default.Output != Accept {
+		chains = append(chains, c.egress(leaving))
+	}
+	chains = append(chains, c.containerRoute()...)
+	chains = append(chains, c.essentials()...)
+	chains = append(chains, c.chains...)
+	if p.Default.Observe {
+		observe(chains)
+	}
+	rs.Table = Table{Name: TableName, Comment: "managed by deadlight", Limits: c.limits, Sets: c.sets, Chains: chains}
 	for name := range c.counters {
-		t.Counters = append(t.Counters, name)
+		rs.Table.Counters = append(rs.Table.Counters, name)
 	}
-	sort.Strings(t.Counters)
-	return &Ruleset{Policy: p, Table: t, index: c.index}
+	sort.Strings(rs.Table.Counters)
+	return rs
 }
 
 type compiler struct {
 	policy   *Policy
+	open     *group
 	sets     []Set
+	limits   []Limit
 	counters map[string]bool
-	index    map[Protocol][]segment
-	shared   []Chain // chains for ports that several openings share
+	chains   []Chain // of the rules
+	named    map[string]*AddressSet
+	made     map[string]bool // the kernel sets of named that exist
 }
 
 // count names a counter and makes sure it exists.
@@ -69,15 +95,15 @@ func drop() Expr              { return Verdict{Kind: VerdictDrop} }
 func jump(chain string) Expr  { return Verdict{Kind: VerdictJump, Chain: chain} }
 func state(bits uint32) Expr  { return Match{Field: CtState, Number: bits} }
 func l4proto(p Protocol) Expr { return Match{Field: MetaL4proto, Number: uint32(p)} }
-func nfproto(f Family) Expr {
-	if f == IPv4 {
+
+func nfproto(v4 bool) Expr {
+	if v4 {
 		return Match{Field: MetaNfproto, Number: NfprotoIPv4}
 	}
 	return Match{Field: MetaNfproto, Number: NfprotoIPv6}
 }
-func line(comment string, e ...Expr) Rule {
-	return Rule{Comment: comment, Exprs: e}
-}
+
+func line(comment string, e ...Expr) Rule { return Rule{Comment: comment, Exprs: e} }
 
 func (c *compiler) baseSets() {
 	c.sets = append(c.sets, Set{
@@ -105,7 +131,7 @@ func (c *compiler) baseSets() {
 }
 
 // gate judges every packet that enters, before any DNAT.
-func (c *compiler) gate() Chain {
+func (c *compiler) gate(blocked, opened []Rule) Chain {
 	r := []Rule{
 		line("loopback", Match{Field: MetaIifname, Name: "lo"}, c.count("c_loopback"), accept()),
 	}
@@ -117,7 +143,7 @@ func (c *compiler) gate() Chain {
 		r = append(r, line("loopback address from a wire", Match{Field: f, Prefix: loopback6}, c.count("c_spoofed"), drop()))
 	}
 	r = append(r, c.replies("c_replies")...)
-	if len(c.policy.Published.Interfaces) > 0 {
+	if c.guardsContainers() {
 		r = append(r, line("container network reached by routing",
 			MatchSet{Field: MetaIifname, Set: setPublished, Not: true},
 			Match{Field: FibDaddrType, Number: AddrUnicast}, jump(chainContainers)))
@@ -125,51 +151,87 @@ func (c *compiler) gate() Chain {
 	r = append(r,
 		line("transit", MatchSet{Field: FibDaddrType, Set: setLocalTypes, Not: true}, c.count("c_transit"), accept()),
 		// Some of these are untracked, hence before any test of ct state.
-		line("icmp essentials", nfproto(IPv6), l4proto(ICMPv6), jump(chainEssential6)),
-		line("icmp essentials", nfproto(IPv4), l4proto(ICMPv4), jump(chainEssential4)),
-		line("igmp", nfproto(IPv4), l4proto(IGMP), c.count("c_igmp"), accept()),
+		line("icmp essentials", nfproto(false), l4proto(ICMPv6), jump(chainEssential6)),
+		line("icmp essentials", nfproto(true), l4proto(ICMPv4), jump(chainEssential4)),
+		line("igmp", nfproto(true), l4proto(IGMP), c.count("c_igmp"), accept()),
 		line("invalid", state(StateInvalid), c.count("c_invalid"), drop()),
 	)
 	r = append(r, c.dhcp("c_dhcp")...)
-	if c.policy.ICMP.Echo {
-		r = append(r,
-			line("echo", nfproto(IPv4), Match{Field: ICMPTypeField, Number: icmpEchoRequest}, c.count("c_echo"), accept()),
-			line("echo", nfproto(IPv6), Match{Field: ICMPv6TypeField, Number: icmp6EchoRequest}, c.count("c_echo"), accept()))
-	}
-	for _, p := range portProtocols {
-		if len(c.index[p]) > 0 {
-			r = append(r, line("open", VerdictMap{Field: dport(p), Map: openMap(p)}))
+	r = append(r, blocked...)
+	r = append(r, c.echo()...)
+	r = append(r, opened...)
+	return Chain{Name: chainGate, Base: &Base{Hook: Prerouting, Priority: gatePriority}, Rules: append(r, c.deny()...)}
+}
+
+// guardsContainers reports whether container networks may not be reached by
+// routing through this host.
+func (c *compiler) guardsContainers() bool {
+	return !c.policy.Default.IgnorePublished && len(c.policy.Published.Interfaces) > 0
+}
+
+// deny is the end of the gate.
+func (c *compiler) deny() []Rule {
+	var r []Rule
+	if c.policy.Default.IgnorePublished {
+		// What a DNAT may still take elsewhere is judged behind it, by the backstop.
+		for _, p := range portProtocols {
+			e := []Expr{l4proto(p)}
+			if len(c.open.index.ports[p]) > 0 {
+				e = []Expr{MatchSet{Field: dport(p), Set: listedSet(p), Not: true}}
+			}
+			r = append(r, line("left to published ports", append(e, c.count("c_deferred"), accept())...))
 		}
 	}
-	if c.policy.Default.Input == Reject {
+	return append(r, c.refuse("c_dropped", "c_rejected", c.policy.Default.Input)...)
+}
+
+// refuse ends a chain with the log, the reject and the drop that a policy asks for.
+func (c *compiler) refuse(dropped, rejected string, action Action) []Rule {
+	var r []Rule
+	if log := c.policy.Log; log.Dropped {
+		e := []Expr{}
+		if log.Rate != nil {
+			e = append(e, WithinRate{*log.Rate})
+		}
+		r = append(r, line("log what is dropped", append(e, c.log("drop"))...))
+	}
+	if action == Reject {
 		r = append(r,
-			line("default reject", l4proto(TCP), c.count("c_rejected"), RejectWith{TCPReset: true}),
-			line("default reject", c.count("c_rejected"), RejectWith{}))
+			line("default reject", l4proto(TCP), c.count(rejected), RejectWith{TCPReset: true}),
+			line("default reject", c.count(rejected), RejectWith{}))
 	}
 	// The explicit drop holds while a transaction still defers the chain's policy.
-	r = append(r, line("default drop", c.count("c_dropped"), drop()))
-	return Chain{Name: chainGate, Base: &Base{Hook: Prerouting, Priority: gatePriority}, Rules: r}
+	return append(r, line("default drop", c.count(dropped), drop()))
+}
+
+func (c *compiler) log(what string) Expr {
+	return LogPacket{Prefix: c.policy.Log.Prefix + " " + what + ": ", Group: c.policy.Log.Group}
 }
 
 // containerRoute drops what leaves by an interface of a container network. One
 // rule a pattern: nft has no named set for fib daddr oifname.
 func (c *compiler) containerRoute() []Chain {
+	if !c.guardsContainers() {
+		return nil
+	}
 	ch := Chain{Name: chainContainers}
 	for _, name := range c.policy.Published.Interfaces {
 		ch.Rules = append(ch.Rules, line("container network reached by routing",
 			Match{Field: FibDaddrOifname, Name: name}, c.count("c_container_route"), drop()))
 	}
-	if len(ch.Rules) == 0 {
-		return nil
-	}
 	return []Chain{ch}
 }
 
 // replies admits answers to what this host began. What a stranger began is
-// judged packet by packet, so that closing a port ends its flows.
+// judged packet by packet, so that closing a port ends its flows, unless the
+// policy keeps flows.
 func (c *compiler) replies(counter string) []Rule {
+	established := []Expr{state(StateEstablished)}
+	if !c.policy.Default.KeepFlows {
+		established = append(established, Match{Field: CtDirection, Number: DirReply})
+	}
 	return []Rule{
-		line("replies", state(StateEstablished), Match{Field: CtDirection, Number: DirReply}, c.count(counter), accept()),
+		line("replies", append(established, c.count(counter), accept())...),
 		line("related", state(StateRelated), c.count(counter), accept()),
 	}
 }
@@ -183,11 +245,65 @@ func (c *compiler) dhcp(counter string) []Rule {
 	if len(d.Interfaces) > 0 {
 		in = append(in, MatchSet{Field: MetaIifname, Set: setDHCP})
 	}
-	v4 := append(slices.Clone(in), nfproto(IPv4),
+	v4 := append(slices.Clone(in), nfproto(true),
 		Match{Field: UDPSport, Number: 67}, Match{Field: UDPDport, Number: 68}, c.count(counter), accept())
 	v6 := append(slices.Clone(in), Match{Field: IP6Saddr, Prefix: linkLocal6}, Match{Field: IP6Daddr, Prefix: linkLocal6},
 		Match{Field: UDPSport, Number: 547}, Match{Field: UDPDport, Number: 546}, c.count(counter), accept())
 	return []Rule{line("dhcp client", v4...), line("dhcp client", v6...)}
+}
+
+// meterTimeout is when a source is forgotten: long enough for the slowest rate
+// to have refilled.
+func meterTimeout(r *Rate) time.Duration {
+	refill := r.Per / time.Duration(max(r.Limit, 1)) * time.Duration(max(r.Burst, 1))
+	return max(refill, time.Minute)
+}
+
+// echo answers pings, within a rate if there is one.
+func (c *compiler) echo() []Rule {
+	i := c.policy.ICMP
+	if !i.Echo {
+		return nil
+	}
+	var r []Rule
+	for _, v4 := range []bool{true, false} {
+		e := []Expr{nfproto(v4), Match{Field: ICMPTypeField, Number: icmpEchoRequest}}
+		if !v4 {
+			e = []Expr{nfproto(v4), Match{Field: ICMPv6TypeField, Number: icmp6EchoRequest}}
+		}
+		switch {
+		case i.Rate == nil:
+		case i.Rate.PerSource:
+			e = append(e, c.meter("echo_rate", v4, i.Rate, 0))
+		default:
+			e = append(e, c.limit("rate_echo", *i.Rate))
+		}
+		r = append(r, line("echo", append(e, c.count("c_echo"), accept())...))
+	}
+	return r
+}
+
+// limit makes a named limit on first use.
+func (c *compiler) limit(name string, r Rate) Expr {
+	if !slices.ContainsFunc(c.limits, func(l Limit) bool { return l.Name == name }) {
+		c.limits = append(c.limits, Limit{name, r})
+	}
+	return WithinLimit{name}
+}
+
+// meter makes the meter of a family.
+func (c *compiler) meter(name string, v4 bool, rate *Rate, connections int) Expr {
+	s := Set{Name: name + "4", Type: TypeIPv4, Meter: true}
+	m := MeterAdd{Field: IPSaddr, Rate: rate, Connections: connections}
+	if !v4 {
+		s.Name, s.Type, m.Field = name+"6", TypeIPv6, IP6Saddr
+	}
+	if rate != nil {
+		s.MeterTimeout = meterTimeout(rate)
+	}
+	m.Set = s.Name
+	c.sets = append(c.sets, s)
+	return m
 }
 
 // essentials are the messages without which a host cannot speak IP: errors
@@ -222,16 +338,42 @@ func (c *compiler) backstopInput() Chain {
 	}
 	r = append(r, line("transit taken in by tproxy", Match{Field: FibDaddrType, Number: AddrUnicast}, c.count(pass), accept()))
 	r = append(r, c.dhcp(pass)...)
+	if c.policy.Default.IgnorePublished {
+		r = append(r, line("published", Match{Field: CtStatus, Number: StatusDNAT}, c.count(pass), accept()))
+	}
 	r = append(r, c.listed(pass)...)
-	r = append(r, line("backstop", c.count("c_backstop_in"), drop()))
+	if c.policy.Default.IgnorePublished {
+		r = append(r, c.refuse("c_dropped", "c_rejected", c.policy.Default.Input)...)
+	} else {
+		r = append(r, line("backstop", c.count("c_backstop_in"), drop()))
+	}
 	return Chain{Name: chainBackstopIn, Base: &Base{Hook: Input, Priority: backstopPriority}, Rules: r}
+}
+
+// listedSets are the plain lists of what any opening names, for the backstops.
+func (c *compiler) listedSets() {
+	x := &c.open.index
+	for _, p := range portProtocols {
+		if segs := x.ports[p]; len(segs) > 0 {
+			s := Set{Name: listedSet(p), Type: TypePort}
+			for _, seg := range segs {
+				s.Ports = append(s.Ports, seg.ports)
+			}
+			s.Ports = mergePorts(s.Ports)
+			s.Interval = slices.ContainsFunc(s.Ports, isRange)
+			c.sets = append(c.sets, s)
+		}
+	}
+	if codes := plainCodes(x); len(codes) > 0 {
+		c.sets = append(c.sets, Set{Name: "protocols_listed", Type: TypeProtocol, Codes: codes})
+	}
 }
 
 // listed admits what went to a listed port on the wire.
 func (c *compiler) listed(counter string) []Rule {
 	var r []Rule
 	for _, p := range portProtocols {
-		if len(c.index[p]) == 0 {
+		if len(c.open.index.ports[p]) == 0 {
 			continue
 		}
 		r = append(r,
@@ -239,27 +381,64 @@ func (c *compiler) listed(counter string) []Rule {
 			// Untracked packets have no original port; nothing stateful rewrote them.
 			line("listed "+p.String(), state(StateUntracked), MatchSet{Field: dport(p), Set: listedSet(p)}, c.count(counter), accept()))
 	}
+	if len(plainCodes(&c.open.index)) > 0 {
+		r = append(r, line("listed protocols", MatchSet{Field: MetaL4proto, Set: "protocols_listed"}, c.count(counter), accept()))
+	}
+	for _, i := range c.open.index.any {
+		r = append(r, c.trusted(i, counter)...)
+	}
 	return r
 }
 
-// backstopForward judges what a DNAT sends on to a container; other transit is
-// none of this host's ports.
+// trusted repeats the interface and the source of an opening for every protocol:
+// there is no port to go by.
+func (c *compiler) trusted(i int, counter string) []Rule {
+	t := c.open.traffic[i]
+	comment := "open " + t.Name
+	var in []Expr
+	if len(t.Interfaces) > 0 {
+		in = append(in, MatchSet{Field: MetaIifname, Set: c.open.chain(t) + "_if"})
+	}
+	var r []Rule
+	for _, from := range c.open.sources(c, t) {
+		r = append(r, line(comment, append(append(slices.Clone(in), from...), c.count(counter), accept())...))
+	}
+	return r
+}
+
+// backstopForward judges what a DNAT sends on to a container, and with
+// forward = "drop" all that is routed through this host.
 func (c *compiler) backstopForward() Chain {
 	const pass = "c_backstop_pass"
+	d := c.policy.Default
+	dnat := Match{Field: CtStatus, Number: StatusDNAT}
 	r := c.replies(pass)
-	if len(c.policy.Published.Interfaces) > 0 {
-		r = append(r, line("from a container", MatchSet{Field: MetaIifname, Set: setPublished}, c.count(pass), accept()))
-	}
-	for _, p := range portProtocols {
-		if len(c.index[p]) > 0 {
-			r = append(r, line("listed "+p.String(), Match{Field: CtStatus, Number: StatusDNAT}, l4proto(p),
-				MatchSet{Field: CtOriginalProtoDst, Set: listedSet(p)}, c.count(pass), accept()))
+	if d.IgnorePublished {
+		r = append(r, line("published", dnat, c.count(pass), accept()))
+	} else {
+		if len(c.policy.Published.Interfaces) > 0 && !d.DropForward {
+			r = append(r, line("from a container", MatchSet{Field: MetaIifname, Set: setPublished}, c.count(pass), accept()))
 		}
+		for _, p := range portProtocols {
+			if len(c.open.index.ports[p]) > 0 {
+				r = append(r, line("listed "+p.String(), dnat, l4proto(p),
+					MatchSet{Field: CtOriginalProtoDst, Set: listedSet(p)}, c.count(pass), accept()))
+			}
+		}
+		for _, i := range c.open.index.any {
+			for _, rule := range c.trusted(i, pass) {
+				r = append(r, line(rule.Comment, append([]Expr{dnat}, rule.Exprs...)...))
+			}
+		}
+		r = append(r, line("backstop", dnat, c.count("c_backstop_forward"), drop()))
 	}
-	r = append(r,
-		line("backstop", Match{Field: CtStatus, Number: StatusDNAT}, c.count("c_backstop_forward"), drop()),
-		line("transit", c.count("c_transit_forward"), accept()))
-	return Chain{Name: chainBackstopFw, Base: &Base{Hook: Forward, Priority: backstopPriority, Accept: true}, Rules: r}
+	base := &Base{Hook: Forward, Priority: backstopPriority, Accept: !d.DropForward}
+	if d.DropForward {
+		r = append(r, line("transit", c.count("c_transit_dropped"), drop()))
+	} else {
+		r = append(r, line("transit", c.count("c_transit_forward"), accept()))
+	}
+	return Chain{Name: chainBackstopFw, Base: base, Rules: r}
 }
 
 // silence keeps the host from betraying a filtered port by errors that it sends
@@ -278,236 +457,49 @@ func (c *compiler) silence() Chain {
 	}}
 }
 
-// portProtocols are the protocols with ports, in the order of the gate.
-var portProtocols = [...]Protocol{TCP, UDP}
-
-func dport(p Protocol) Field {
-	if p == UDP {
-		return UDPDport
+// egress judges what leaves, when not everything may.
+func (c *compiler) egress(leaving []Rule) Chain {
+	const pass = "c_egress_pass"
+	r := []Rule{
+		line("loopback", Match{Field: MetaOifname, Name: "lo"}, c.count(pass), accept()),
+		line("replies", state(StateEstablished), Match{Field: CtDirection, Number: DirReply}, c.count(pass), accept()),
+		line("related", state(StateRelated), c.count(pass), accept()),
+		line("icmp errors", nfproto(true), MatchSet{Field: ICMPTypeField, Set: "icmp_errors"}, c.count(pass), accept()),
+		line("igmp", nfproto(true), l4proto(IGMP), c.count(pass), accept()),
 	}
-	return TCPDport
+	for _, set := range []string{"icmpv6_errors", "icmpv6_nd", "icmpv6_mld"} {
+		r = append(r, line("icmpv6 essentials", nfproto(false), MatchSet{Field: ICMPv6TypeField, Set: set}, c.count(pass), accept()))
+	}
+	if c.policy.Default.KeepFlows {
+		r = append(r, line("established", state(StateEstablished), c.count(pass), accept()))
+	}
+	if c.policy.DHCP.Client {
+		r = append(r,
+			line("dhcp client", nfproto(true), Match{Field: UDPSport, Number: 68}, Match{Field: UDPDport, Number: 67}, c.count(pass), accept()),
+			line("dhcp client", nfproto(false), Match{Field: UDPSport, Number: 546}, Match{Field: UDPDport, Number: 547}, c.count(pass), accept()))
+	}
+	r = append(r, leaving...)
+	r = append(r, c.refuse("c_egress_dropped", "c_egress_rejected", c.policy.Default.Output)...)
+	return Chain{Name: chainEgress, Base: &Base{Hook: Output, Priority: backstopPriority + 1}, Rules: r}
 }
 
-func openMap(p Protocol) string   { return p.String() + "_open" }
-func listedSet(p Protocol) string { return p.String() + "_listed" }
-
-// segment is a run of ports with the same openings.
-type segment struct {
-	ports PortRange
-	opens []int // indices into Policy.Open, ascending
-}
-
-// segments cuts the ports of a protocol where the list of openings changes.
-func segments(opens []Open, proto Protocol) []segment {
-	type edge struct {
-		at   int // a port, 65536 past the end
-		open int
-		end  bool
-	}
-	var edges []edge
-	for i, o := range opens {
-		if !slices.Contains(o.Protocols, proto) {
-			continue
+// observe turns every refusal into an acceptance that the same counter counts.
+func observe(chains []Chain) {
+	for i := range chains {
+		ch := &chains[i]
+		if ch.Base != nil {
+			ch.Base.Accept = true
 		}
-		for _, r := range o.Ports {
-			edges = append(edges, edge{int(r.Lo), i, false}, edge{int(r.Hi) + 1, i, true})
-		}
-	}
-	sort.Slice(edges, func(a, b int) bool { return edges[a].at < edges[b].at })
-	var out []segment
-	var active []int // sorted
-	for i := 0; i < len(edges); {
-		at := edges[i].at
-		for ; i < len(edges) && edges[i].at == at; i++ {
-			k, found := slices.BinarySearch(active, edges[i].open)
-			switch {
-			case edges[i].end && found:
-				active = slices.Delete(active, k, k+1)
-			case !edges[i].end && !found:
-				active = slices.Insert(active, k, edges[i].open)
-			}
-		}
-		if len(active) == 0 || i == len(edges) {
-			continue
-		}
-		out = append(out, segment{PortRange{uint16(at), uint16(edges[i].at - 1)}, slices.Clone(active)})
-	}
-	return out
-}
-
-// openSets makes the verdict map of every protocol, the plain list of its ports
-// for the backstops, and the sources and interfaces of the openings.
-func (c *compiler) openSets() {
-	c.index = map[Protocol][]segment{}
-	for _, p := range portProtocols {
-		segs := segments(c.policy.Open, p)
-		if len(segs) == 0 {
-			continue
-		}
-		c.index[p] = segs
-		m := Set{Name: openMap(p), Type: TypePort}
-		listed := Set{Name: listedSet(p), Type: TypePort}
-		seen := map[string]string{}
-		for _, s := range segs {
-			listed.Ports = append(listed.Ports, s.ports)
-			target := c.target(p, s, seen)
-			if n := len(m.Ports) - 1; n >= 0 && m.Ports[n].Hi+1 == s.ports.Lo && m.Targets[n] == target {
-				m.Ports[n].Hi = s.ports.Hi // another opening begins or ends here, but adds nothing
-			} else {
-				m.Ports, m.Targets = append(m.Ports, s.ports), append(m.Targets, target)
-			}
-		}
-		m.Interval = slices.ContainsFunc(m.Ports, isRange)
-		listed.Ports = mergePorts(listed.Ports)
-		listed.Interval = slices.ContainsFunc(listed.Ports, isRange)
-		c.sets = append(c.sets, m, listed)
-	}
-	used := map[string]bool{}
-	for i := range c.policy.Open {
-		o := &c.policy.Open[i]
-		if len(o.Interfaces) > 0 {
-			c.sets = append(c.sets, ifnameSet(openChain(o)+"_if", o.Interfaces))
-		}
-		v4, v6 := splitFamilies(o.From.Ranges)
-		if o.Family.Has(true) {
-			c.addrSet(openChain(o)+"_from4", TypeIPv4, v4)
-		}
-		if o.Family.Has(false) {
-			c.addrSet(openChain(o)+"_from6", TypeIPv6, v6)
-		}
-		for _, name := range o.From.Sets {
-			used[name] = true
-		}
-	}
-	for i := range c.policy.Sets {
-		s := &c.policy.Sets[i]
-		if used[s.Name] {
-			v4, v6 := splitFamilies(s.Ranges)
-			c.addrSet(namedSet(s.Name, true), TypeIPv4, v4)
-			c.addrSet(namedSet(s.Name, false), TypeIPv6, v6)
-		}
-	}
-}
-
-func isRange(r PortRange) bool { return r.Lo != r.Hi }
-
-// target is the chain that judges a segment: that of its one opening, or one
-// that asks each in turn.
-func (c *compiler) target(p Protocol, s segment, seen map[string]string) string {
-	for _, i := range s.opens {
-		if unrestricted(&c.policy.Open[i]) {
-			return openChain(&c.policy.Open[i]) // it admits everybody: the others cannot add to that
-		}
-	}
-	if len(s.opens) == 1 {
-		return openChain(&c.policy.Open[s.opens[0]])
-	}
-	key := fmt.Sprint(s.opens)
-	if name, ok := seen[key]; ok {
-		return name
-	}
-	ch := Chain{Name: fmt.Sprintf("%s_%d", p, s.ports.Lo)}
-	for _, i := range s.opens {
-		o := &c.policy.Open[i]
-		ch.Rules = append(ch.Rules, line("open "+o.Name, jump(openChain(o))))
-	}
-	c.shared = append(c.shared, ch)
-	seen[key] = ch.Name
-	return ch.Name
-}
-
-func unrestricted(o *Open) bool {
-	return o.From.Any && len(o.Interfaces) == 0 && o.Family == Both
-}
-
-func openChain(o *Open) string { return "open_" + o.Name }
-
-func namedSet(name string, v4 bool) string {
-	if v4 {
-		return "set_" + name + "_4"
-	}
-	return "set_" + name + "_6"
-}
-
-func (c *compiler) addrSet(name string, t SetType, ranges []AddrRange) {
-	if len(ranges) == 0 {
-		return
-	}
-	interval := slices.ContainsFunc(ranges, func(r AddrRange) bool { return r.Lo != r.Hi })
-	c.sets = append(c.sets, Set{Name: name, Type: t, Interval: interval, Addrs: ranges})
-}
-
-// ifnameSet keeps exact names in a hash set; a prefix makes it an interval set.
-func ifnameSet(name string, names []string) Set {
-	names = slices.Clone(names)
-	slices.Sort(names)
-	names = slices.Compact(names)
-	// A prefix swallows the names it covers: intervals must not overlap.
-	var kept []string
-	for _, n := range names {
-		if !slices.ContainsFunc(names, func(p string) bool {
-			return p != n && strings.HasSuffix(p, "*") && MatchInterface(p, strings.TrimSuffix(n, "*"))
-		}) {
-			kept = append(kept, n)
-		}
-	}
-	wild := slices.ContainsFunc(kept, func(n string) bool { return strings.HasSuffix(n, "*") })
-	return Set{Name: name, Type: TypeIfname, Interval: wild, Names: kept}
-}
-
-func splitFamilies(ranges []AddrRange) (v4, v6 []AddrRange) {
-	k := slices.IndexFunc(ranges, func(r AddrRange) bool { return !r.Lo.Is4() })
-	if k < 0 {
-		k = len(ranges)
-	}
-	return ranges[:k], ranges[k:]
-}
-
-// openChains gives each opening its chain: the restrictions, then the verdict.
-func (c *compiler) openChains() []Chain {
-	out := c.shared
-	for i := range c.policy.Open {
-		o := &c.policy.Open[i]
-		comment := "open " + o.Name
-		ch := Chain{Name: openChain(o)}
-		if len(o.Interfaces) > 0 {
-			ch.Rules = append(ch.Rules, line(comment,
-				MatchSet{Field: MetaIifname, Set: openChain(o) + "_if", Not: true}, Verdict{Kind: VerdictReturn}))
-		}
-		admit := func(match ...Expr) {
-			ch.Rules = append(ch.Rules, line(comment, append(match, c.count(openChain(o)), accept())...))
-		}
-		if o.From.Any {
-			if o.Family == Both {
-				admit()
-			} else {
-				admit(nfproto(o.Family))
-			}
-			out = append(out, ch)
-			continue
-		}
-		for _, v4 := range []bool{true, false} {
-			if !o.Family.Has(v4) {
-				continue
-			}
-			field, suffix := IPSaddr, "_from4"
-			if !v4 {
-				field, suffix = IP6Saddr, "_from6"
-			}
-			if has(o.From.Ranges, v4) {
-				admit(MatchSet{Field: field, Set: openChain(o) + suffix})
-			}
-			for _, name := range o.From.Sets {
-				if has(c.policy.Set(name).Ranges, v4) {
-					admit(MatchSet{Field: field, Set: namedSet(name, v4)})
+		for _, r := range ch.Rules {
+			last := len(r.Exprs) - 1
+			switch e := r.Exprs[last].(type) {
+			case RejectWith:
+				r.Exprs[last] = accept()
+			case Verdict:
+				if e.Kind == VerdictDrop {
+					r.Exprs[last] = accept()
 				}
 			}
 		}
-		out = append(out, ch)
 	}
-	return out
-}
-
-func has(ranges []AddrRange, v4 bool) bool {
-	return slices.ContainsFunc(ranges, func(r AddrRange) bool { return r.Lo.Is4() == v4 })
 }

@@ -8,12 +8,16 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/tools/txtar"
 )
 
 var updateTables = flag.Bool("update-tables", false, "rewrite testdata/tables")
+
+// goldenTime is when the golden tables are written, for what expires.
+var goldenTime = time.Date(2026, 12, 31, 0, 0, 0, 0, time.UTC)
 
 // TestCompile compares the nft text of each policy in testdata/tables; the
 // kernel tests show that the netlink encoding is the same table.
@@ -28,13 +32,13 @@ func TestCompile(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p, problems := Parse("policy.toml", ar.Files[0].Data)
+			p, problems := Parse("policy.toml", ar.Files[0].Data, nil)
 			if p == nil {
 				t.Fatalf("parse: %v", problems)
 			}
 			var b bytes.Buffer
 			rs := Compile(p)
-			if err := rs.Table.WriteNFT(&b); err != nil {
+			if err := rs.Table.WriteNFT(&b, goldenTime); err != nil {
 				t.Fatal(err)
 			}
 			if again := Compile(p); !reflect.DeepEqual(rs.Table, again.Table) {
@@ -56,7 +60,7 @@ func TestCompile(t *testing.T) {
 
 func compileText(t testing.TB, text string) *Ruleset {
 	t.Helper()
-	p, problems := Parse("policy.toml", []byte("version = 1\n"+text))
+	p, problems := Parse("policy.toml", []byte("version = 1\n"+text), nil)
 	if p == nil {
 		t.Fatalf("parse: %v", problems)
 	}
@@ -90,7 +94,7 @@ from = "12.0.0.0/8"
 		}
 	}
 	last := 0
-	for _, s := range rs.index[TCP] {
+	for _, s := range rs.opens.ports[TCP] {
 		if int(s.ports.Lo) <= last || s.ports.Hi < s.ports.Lo {
 			t.Errorf("segment %v after %d", s.ports, last)
 		}

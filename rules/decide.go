@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"sort"
+	"time"
 )
 
 // Packet is a packet on its way to this host, as it stands on the wire (before
@@ -17,6 +18,7 @@ type Packet struct {
 	ICMPType uint8  // of ICMP and ICMPv6
 	HopLimit uint8  // 0 means "not 255"
 	Flow     Flow
+	At       time.Time // when; the zero time is before every expiry
 }
 
 // Flow is what conntrack knows of a packet's flow.
@@ -24,10 +26,11 @@ type Flow uint8
 
 // The flow states that matter to a verdict.
 const (
-	NewFlow     Flow = iota // first packet, or one of a flow that the far side began
+	NewFlow     Flow = iota // first packet
 	ReplyFlow               // an answer to what this host began
 	RelatedFlow             // an ICMP error or an expected flow of one
 	InvalidFlow
+	StrangersFlow // a later packet of a flow that the far side began
 )
 
 // Outcome is what happens to a packet.
@@ -46,40 +49,64 @@ func (o Outcome) String() string { return [...]string{"filtered", "rejected", "o
 // Decision is the verdict of [Ruleset.Decide] and what caused it.
 type Decision struct {
 	Outcome Outcome
-	Kind    string // "open", "icmp", "dhcp", "established", "loopback", "invalid", "default"
-	Rule    string // the name of the [open.*], or ""
+	Kind    string // "open", "block", "echo", "icmp", "dhcp", "established", "loopback", "invalid", "default" ...
+	Rule    string // the name of the [open.*] or [block.*], or ""
 	Pos     Pos
+	// Limited says that the packet is admitted only while its source keeps
+	// within a rate or a number of connections.
+	Limited bool
+	// Observed says that nothing is enforced: Outcome is what would happen, and
+	// the packet gets through.
+	Observed bool
 }
 
 // Decide says what must happen to a packet addressed to this host. It reads the
 // policy, not the compiled table, so that the two can be held against each
 // other.
 func (r *Ruleset) Decide(p Packet) Decision {
-	if p.In == "lo" {
+	d := r.decide(p)
+	d.Observed = r.Policy.Default.Observe && d.Outcome != OutcomeOpen
+	return d
+}
+
+func (r *Ruleset) decide(p Packet) Decision {
+	switch {
+	case p.In == "lo":
 		return Decision{Outcome: OutcomeOpen, Kind: "loopback"}
-	}
-	if fromLoopback(p.Src) || fromLoopback(p.Dst) {
+	case fromLoopback(p.Src) || fromLoopback(p.Dst):
 		return Decision{Outcome: OutcomeFiltered, Kind: "loopback address"}
-	}
-	if p.Flow == ReplyFlow || p.Flow == RelatedFlow {
+	case p.Flow == ReplyFlow || p.Flow == RelatedFlow || p.Flow == StrangersFlow && r.Policy.Default.KeepFlows:
 		return Decision{Outcome: OutcomeOpen, Kind: "established"}
-	}
-	if r.essential(p) {
+	case r.essential(p):
 		return Decision{Outcome: OutcomeOpen, Kind: "icmp"}
-	}
-	if p.Flow == InvalidFlow {
+	case p.Flow == InvalidFlow:
 		return Decision{Outcome: OutcomeFiltered, Kind: "invalid"}
-	}
-	if r.dhcpReply(p) {
+	case r.dhcpReply(p):
 		return Decision{Outcome: OutcomeOpen, Kind: "dhcp", Pos: r.Policy.DHCP.Pos}
 	}
-	if isEcho(p) && r.Policy.ICMP.Echo {
-		return Decision{Outcome: OutcomeOpen, Kind: "echo", Pos: r.Policy.ICMP.Pos}
+	for _, i := range r.blocks.find(p.Protocol, p.DstPort) {
+		if b := &r.Policy.Block[i]; r.Matches(&b.Traffic, p) {
+			return Decision{Outcome: OutcomeFiltered, Kind: "block", Rule: b.Name, Pos: b.Pos}
+		}
 	}
-	for _, i := range r.opensAt(p.Protocol, p.DstPort) {
-		if o := &r.Policy.Open[i]; r.admits(o, p) {
+	if isEcho(p) && r.Policy.ICMP.Echo {
+		return Decision{Outcome: OutcomeOpen, Kind: "echo", Pos: r.Policy.ICMP.Pos, Limited: r.Policy.ICMP.Rate != nil}
+	}
+	var limited *Open
+	for _, i := range r.opens.find(p.Protocol, p.DstPort) {
+		o := &r.Policy.Open[i]
+		switch {
+		case !r.Matches(&o.Traffic, p):
+		case o.Limited() && p.Flow == NewFlow:
+			if limited == nil {
+				limited = o
+			}
+		default:
 			return Decision{Outcome: OutcomeOpen, Kind: "open", Rule: o.Name, Pos: o.Pos}
 		}
+	}
+	if limited != nil {
+		return Decision{Outcome: OutcomeOpen, Kind: "open", Rule: limited.Name, Pos: limited.Pos, Limited: true}
 	}
 	d := Decision{Outcome: OutcomeFiltered, Kind: "default", Pos: r.Policy.Default.Pos}
 	if r.Policy.Default.Input == Reject {
@@ -88,38 +115,53 @@ func (r *Ruleset) Decide(p Packet) Decision {
 	return d
 }
 
-// OpensAt gives the openings that name a port, whomever they admit, in file
-// order. The result must not be changed.
+// Limited reports whether new flows must keep within a rate or a number.
+func (o *Open) Limited() bool { return o.Rate != nil || o.Connections > 0 }
+
+// OpensAt gives the openings that name a port, or a protocol without ports,
+// whomever they admit, in file order.
 func (r *Ruleset) OpensAt(proto Protocol, port uint16) []*Open {
 	var out []*Open
-	for _, i := range r.opensAt(proto, port) {
+	for _, i := range r.opens.find(proto, port) {
 		out = append(out, &r.Policy.Open[i])
 	}
 	return out
 }
 
-func (r *Ruleset) opensAt(proto Protocol, port uint16) []int {
-	segs := r.index[proto]
-	k := sort.Search(len(segs), func(i int) bool { return segs[i].ports.Hi >= port })
-	if k < len(segs) && segs[k].ports.Lo <= port {
-		return segs[k].opens
-	}
-	return nil
+// Matches reports whether a rule that names the packet's port is about the
+// packet: its interface, family, addresses and time.
+func (r *Ruleset) Matches(t *Traffic, p Packet) bool {
+	return r.Miss(t, p) == ""
 }
 
-// admits reports whether an opening that names the packet's port admits it.
-func (r *Ruleset) admits(o *Open, p Packet) bool {
-	if !o.Family.Has(p.Src.Is4()) {
-		return false
+// Miss names the field of a rule that keeps it from being about a packet whose
+// port it names: "expires", "family", "interfaces", "from", "except" or "to"; ""
+// when it is about the packet.
+func (r *Ruleset) Miss(t *Traffic, p Packet) string {
+	switch {
+	case !t.Expires.IsZero() && !p.At.Before(t.Expires):
+		return "expires"
+	case !t.Family.Has(p.Src.Is4()):
+		return "family"
+	case len(t.Interfaces) > 0 && !matchAny(t.Interfaces, p.In):
+		return "interfaces"
+	case !t.To.anywhere() && !r.holds(&t.To, p.Dst):
+		return "to"
+	case r.holds(&t.Except, p.Src):
+		return "except"
+	case !t.From.Any && !r.holds(&t.From, p.Src):
+		return "from"
 	}
-	if len(o.Interfaces) > 0 && !matchAny(o.Interfaces, p.In) {
-		return false
-	}
-	if o.From.Any || inRanges(o.From.Ranges, p.Src) {
+	return ""
+}
+
+// holds reports whether an address is among those written in place or in a set.
+func (r *Ruleset) holds(s *Source, a netip.Addr) bool {
+	if inRanges(s.Ranges, a) {
 		return true
 	}
-	for _, name := range o.From.Sets {
-		if inRanges(r.Policy.Set(name).Ranges, p.Src) {
+	for _, name := range s.Sets {
+		if inRanges(r.Policy.Set(name).Ranges, a) {
 			return true
 		}
 	}

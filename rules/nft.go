@@ -5,23 +5,29 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 )
 
 // WriteNFT writes the table as nft text that replaces whatever table of that
 // name is loaded: for reading, for `nft -c -f` and for review in a diff. The
 // product itself never runs nft. Chains come first, because nft 1.0.6 wants
 // them declared before a map that jumps to them.
-func (t *Table) WriteNFT(w io.Writer) error {
+//
+// Openings that expire are written with the time that is left at now.
+func (t *Table) WriteNFT(w io.Writer, now time.Time) error {
 	b := bufio.NewWriter(w)
 	fmt.Fprintf(b, "table inet %s\ndelete table inet %s\n\ntable inet %s {\n\tcomment %q\n", t.Name, t.Name, t.Name, t.Comment)
 	for _, c := range t.Counters {
 		fmt.Fprintf(b, "\n\tcounter %s {\n\t}\n", c)
 	}
+	for _, l := range t.Limits {
+		fmt.Fprintf(b, "\n\tlimit %s {\n\t\trate %s\n\t}\n", l.Name, l.Rate.nft())
+	}
 	for i := range t.Chains {
 		t.Chains[i].write(b)
 	}
 	for i := range t.Sets {
-		t.Sets[i].write(b)
+		t.Sets[i].write(b, now)
 	}
 	fmt.Fprintln(b, "}")
 	return b.Flush()
@@ -54,22 +60,35 @@ func (r Rule) NFT() string {
 	return strings.Join(words, " ")
 }
 
-func (s *Set) write(b *bufio.Writer) {
+func (s *Set) write(b *bufio.Writer, now time.Time) {
 	kind, typ := "set", s.Type.String()
 	if s.Targets != nil {
 		kind, typ = "map", typ+" : verdict"
 	}
 	fmt.Fprintf(b, "\n\t%s %s {\n\t\ttype %s\n", kind, s.Name, typ)
-	if s.Interval {
-		fmt.Fprintf(b, "\t\tflags interval\n")
-	}
 	if n := s.Size(); n > 0 {
 		fmt.Fprintf(b, "\t\tsize %d\n", n)
 	}
+	if flags := s.flags(); len(flags) > 0 {
+		fmt.Fprintf(b, "\t\tflags %s\n", strings.Join(flags, ","))
+	}
+	if s.MeterTimeout > 0 {
+		fmt.Fprintf(b, "\t\ttimeout %ds\n", seconds(s.MeterTimeout))
+	}
+	if left := s.Left(now); !s.Meter && left != 0 {
+		s.writeElements(b, left)
+	}
+	fmt.Fprintf(b, "\t}\n")
+}
+
+func (s *Set) writeElements(b *bufio.Writer, left time.Duration) {
 	fmt.Fprintf(b, "\t\telements = {")
 	sep := " "
 	for i, e := range s.Elements() {
 		fmt.Fprint(b, sep, e)
+		if left > 0 {
+			fmt.Fprintf(b, " timeout %ds", seconds(left))
+		}
 		if s.Targets != nil {
 			fmt.Fprint(b, " : jump ", s.Targets[i])
 		}
@@ -78,8 +97,35 @@ func (s *Set) write(b *bufio.Writer) {
 			sep = ",\n\t\t\t"
 		}
 	}
-	fmt.Fprintf(b, " }\n\t}\n")
+	fmt.Fprintf(b, " }\n")
 }
+
+// flags are the nft flags of the set.
+func (s *Set) flags() []string {
+	var out []string
+	if s.Interval {
+		out = append(out, "interval")
+	}
+	if s.Meter {
+		out = append(out, "dynamic")
+	}
+	if s.MeterTimeout > 0 || !s.Until.IsZero() {
+		out = append(out, "timeout")
+	}
+	return out
+}
+
+// Left is how long the elements have to live at now: 0 when their time is over,
+// negative when they stay for ever.
+func (s *Set) Left(now time.Time) time.Duration {
+	if s.Until.IsZero() {
+		return -1
+	}
+	return max(s.Until.Sub(now), 0)
+}
+
+// seconds rounds up: an opening may end late by less than a second, never early.
+func seconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
 
 // Elements gives the set's elements as nft writes them.
 func (s *Set) Elements() []string {
@@ -94,7 +140,14 @@ func (s *Set) Elements() []string {
 		out = append(out, nftString(n))
 	}
 	for _, c := range s.Codes {
-		out = append(out, fmt.Sprint(c))
+		switch {
+		case s.Type == TypeNfproto && c == NfprotoIPv4:
+			out = append(out, "ipv4")
+		case s.Type == TypeNfproto:
+			out = append(out, "ipv6")
+		default:
+			out = append(out, fmt.Sprint(c))
+		}
 	}
 	return out
 }
@@ -116,7 +169,7 @@ func nftString(s string) string { return `"` + strings.ReplaceAll(s, `"`, "'") +
 
 func (m Match) nft() string {
 	switch m.Field {
-	case MetaIifname, FibDaddrOifname:
+	case MetaIifname, MetaOifname, FibDaddrOifname, MetaSkuid, MetaSkgid:
 		return fmt.Sprintf("%s %s", m.Field, nftString(m.Name))
 	case IPSaddr, IPDaddr, IP6Saddr, IP6Daddr:
 		if m.Prefix.IsSingleIP() {
@@ -147,6 +200,34 @@ func (m MatchSet) nft() string {
 }
 
 func (m VerdictMap) nft() string { return fmt.Sprintf("%s vmap @%s", m.Field, m.Map) }
+
+func (m MeterAdd) nft() string {
+	key := m.Field.String()
+	if m.Field == IP6Saddr {
+		key += " and ffff:ffff:ffff:ffff::"
+	}
+	if m.Rate != nil {
+		return fmt.Sprintf("update @%s { %s limit rate %s }", m.Set, key, m.Rate.nft())
+	}
+	return fmt.Sprintf("add @%s { %s ct count %d }", m.Set, key, m.Connections)
+}
+
+// nft writes "10/minute burst 5 packets".
+func (r Rate) nft() string {
+	unit := map[time.Duration]string{time.Second: "second", time.Minute: "minute", time.Hour: "hour", 24 * time.Hour: "day"}[r.Per]
+	return fmt.Sprintf("%d/%s burst %d packets", r.Limit, unit, r.Burst)
+}
+
+func (l WithinLimit) nft() string { return fmt.Sprintf("limit name %q", l.Limit) }
+
+func (l WithinRate) nft() string { return "limit rate " + l.Rate.nft() }
+
+func (l LogPacket) nft() string {
+	if l.Group != nil {
+		return fmt.Sprintf("log prefix %s group %d", nftString(l.Prefix), *l.Group)
+	}
+	return "log prefix " + nftString(l.Prefix)
+}
 
 func (c Count) nft() string { return fmt.Sprintf("counter name %q", c.Counter) }
 

@@ -1,6 +1,9 @@
 package rules
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+)
 
 // TableName is the one table Deadlight owns, in family inet.
 const TableName = "deadlight"
@@ -11,7 +14,7 @@ type Ruleset struct {
 	Policy *Policy
 	Table  Table
 
-	index map[Protocol][]segment // for Decide: ascending and disjoint
+	opens, blocks portIndex // for Decide
 }
 
 // Table is a table of family inet as the kernel shall hold it.
@@ -19,6 +22,7 @@ type Table struct {
 	Name     string
 	Comment  string
 	Counters []string // named counters, sorted
+	Limits   []Limit  // named limits, in file order
 	Sets     []Set
 	Chains   []Chain // base chains first, then in order of use
 }
@@ -28,22 +32,25 @@ type SetType uint8
 
 // The key types in use, by their nft names.
 const (
-	TypePort    SetType = iota // inet_service
-	TypeIPv4                   // ipv4_addr
-	TypeIPv6                   // ipv6_addr
-	TypeIfname                 // ifname
-	TypeICMP                   // icmp_type
-	TypeICMPv6                 // icmpv6_type
-	TypeFibAddr                // fib_addrtype
+	TypePort     SetType = iota // inet_service
+	TypeIPv4                    // ipv4_addr
+	TypeIPv6                    // ipv6_addr
+	TypeIfname                  // ifname
+	TypeICMP                    // icmp_type
+	TypeICMPv6                  // icmpv6_type
+	TypeFibAddr                 // fib_addrtype
+	TypeProtocol                // inet_proto
+	TypeNfproto                 // nf_proto
 )
 
 // String gives the nft name of the type.
 func (t SetType) String() string {
-	return [...]string{"inet_service", "ipv4_addr", "ipv6_addr", "ifname", "icmp_type", "icmpv6_type", "fib_addrtype"}[t]
+	return [...]string{"inet_service", "ipv4_addr", "ipv6_addr", "ifname", "icmp_type", "icmpv6_type", "fib_addrtype", "inet_proto", "nf_proto"}[t]
 }
 
 // Set is a named set, or a verdict map when Targets is not nil. Just one of
-// Ports, Addrs, Names and Codes holds its elements, ascending and disjoint.
+// Ports, Addrs, Names and Codes holds its elements, ascending and disjoint; a
+// meter has none, the kernel fills it.
 type Set struct {
 	Name     string
 	Type     SetType
@@ -51,8 +58,23 @@ type Set struct {
 	Ports    []PortRange // TypePort
 	Addrs    []AddrRange // TypeIPv4, TypeIPv6
 	Names    []string    // TypeIfname; a * at the end makes a prefix
-	Codes    []uint32    // TypeICMP, TypeICMPv6, TypeFibAddr
+	Codes    []uint32    // TypeICMP, TypeICMPv6, TypeFibAddr, TypeProtocol, TypeNfproto
 	Targets  []string    // of a verdict map: the chain each element jumps to
+	// Until is when the elements vanish by themselves; zero: never.
+	Until time.Time
+	// Meter is a set that packets fill, of at most MeterSize sources, each
+	// forgotten when it was not seen for MeterTimeout (0: never by time).
+	Meter        bool
+	MeterTimeout time.Duration
+}
+
+// MeterSize is how many sources a meter holds. A full one admits nobody new.
+const MeterSize = 65536
+
+// Limit is a named limit, which keeps its state across a reload.
+type Limit struct {
+	Name string
+	Rate Rate
 }
 
 // Len counts the elements.
@@ -61,9 +83,12 @@ func (s *Set) Len() int { return len(s.Ports) + len(s.Addrs) + len(s.Names) + le
 // sizedFrom is the number of elements from which a hash set declares its size.
 const sizedFrom = 1024
 
-// Size is the declared size of a large hash set, which the kernel then
-// allocates once instead of growing it; 0 leaves it open.
+// Size is the declared size: that of a meter, or of a large hash set, which the
+// kernel then allocates once instead of growing it; 0 leaves it open.
 func (s *Set) Size() int {
+	if s.Meter {
+		return MeterSize
+	}
 	if n := s.Len(); !s.Interval && n >= sizedFrom {
 		return n
 	}
@@ -104,8 +129,8 @@ type Rule struct {
 	Exprs   []Expr // matches, then statements
 }
 
-// Expr is one part of a rule: [Match], [MatchSet], [VerdictMap], [Count],
-// [Reject] or [Verdict].
+// Expr is one part of a rule: [Match], [MatchSet], [VerdictMap], [MeterAdd],
+// [WithinLimit], [WithinRate], [LogPacket], [Count], [RejectWith] or [Verdict].
 type Expr interface{ nft() string }
 
 // Field is what a match looks at.
@@ -125,6 +150,7 @@ const (
 	TCPDport                        // tcp dport
 	UDPSport                        // udp sport
 	UDPDport                        // udp dport
+	SCTPDport                       // sctp dport
 	ICMPTypeField                   // icmp type
 	ICMPCodeField                   // icmp code
 	ICMPv6TypeField                 // icmpv6 type
@@ -135,14 +161,18 @@ const (
 	CtOriginalProtoDst              // ct original proto-dst
 	FibDaddrType                    // fib daddr type
 	FibDaddrOifname                 // fib daddr oifname
+	MetaOifname                     // oifname
+	MetaSkuid                       // meta skuid
+	MetaSkgid                       // meta skgid
 )
 
 // String gives the nft name of the field.
 func (f Field) String() string {
 	return [...]string{
 		"iifname", "meta nfproto", "meta l4proto", "ip saddr", "ip daddr", "ip6 saddr", "ip6 daddr", "ip6 hoplimit",
-		"tcp dport", "udp sport", "udp dport", "icmp type", "icmp code", "icmpv6 type", "icmpv6 code",
+		"tcp dport", "udp sport", "udp dport", "sctp dport", "icmp type", "icmp code", "icmpv6 type", "icmpv6 code",
 		"ct state", "ct status", "ct direction", "ct original proto-dst", "fib daddr type", "fib daddr oifname",
+		"oifname", "meta skuid", "meta skgid",
 	}[f]
 }
 
@@ -164,6 +194,8 @@ func (f Field) NeedsProtocol() Protocol {
 		return TCP
 	case UDPSport, UDPDport:
 		return UDP
+	case SCTPDport:
+		return SCTP
 	case ICMPTypeField, ICMPCodeField:
 		return ICMPv4
 	case ICMPv6TypeField, ICMPv6CodeField:
@@ -200,7 +232,7 @@ const (
 type Match struct {
 	Field  Field
 	Number uint32
-	Name   string       // MetaIifname, FibDaddrOifname
+	Name   string       // MetaIifname, MetaOifname, FibDaddrOifname; the user or group of MetaSkuid, MetaSkgid
 	Prefix netip.Prefix // the address fields
 }
 
@@ -219,6 +251,28 @@ type VerdictMap struct {
 
 // Count adds to a named counter.
 type Count struct{ Counter string }
+
+// MeterAdd notes the source of a packet in a meter and matches while that source
+// keeps within a rate of packets, or within a number of concurrent connections.
+// IPv6 sources count by /64. It does not match when the meter is full.
+type MeterAdd struct {
+	Set         string
+	Field       Field // IPSaddr or IP6Saddr
+	Rate        *Rate
+	Connections int // used when Rate is nil
+}
+
+// WithinLimit matches while a named limit is kept.
+type WithinLimit struct{ Limit string }
+
+// WithinRate matches while a rate is kept; its state ends with the rule.
+type WithinRate struct{ Rate Rate }
+
+// LogPacket writes a line to the kernel log, or to an nflog group.
+type LogPacket struct {
+	Prefix string
+	Group  *uint16
+}
 
 // RejectWith answers the packet: with a TCP reset, or else with the ICMP error
 // "administratively prohibited".

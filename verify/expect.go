@@ -1,9 +1,11 @@
 package verify
 
 import (
-	"deadlight/rules"
 	"net/netip"
 	"slices"
+	"time"
+
+	"deadlight/rules"
 )
 
 // View is a [Path] as the target sees it: the interface by which it enters, and
@@ -29,12 +31,16 @@ type Expectation struct {
 	// Either says that the policy decides by an interface that is not known
 	// here: both outcomes are as it says.
 	Either bool
+	// Limited says that it is admitted only within a rate or a number of
+	// connections, which the probes themselves use up.
+	Limited bool
 }
 
 // expecter answers for one view; it holds what does not change from port to port.
 type expecter struct {
 	rs *rules.Ruleset
 	in []string // the candidate interfaces
+	at time.Time
 }
 
 // unnamed is an interface that no policy can name: / is not allowed in names.
@@ -42,17 +48,29 @@ const unnamed = "/"
 
 func newExpecter(rs *rules.Ruleset, v *View) expecter {
 	if v.In != "" {
-		return expecter{rs, []string{v.In}}
+		return expecter{rs, []string{v.In}, time.Now()}
 	}
 	in := []string{unnamed}
-	for _, o := range rs.Policy.Open {
-		for _, name := range o.Interfaces {
+	for _, t := range allTraffic(rs.Policy) {
+		for _, name := range t.Interfaces {
 			if !slices.Contains(in, instance(name)) {
 				in = append(in, instance(name))
 			}
 		}
 	}
-	return expecter{rs, in}
+	return expecter{rs, in, time.Now()}
+}
+
+// allTraffic lists what the openings and the blocks are about.
+func allTraffic(p *rules.Policy) []*rules.Traffic {
+	var out []*rules.Traffic
+	for i := range p.Open {
+		out = append(out, &p.Open[i].Traffic)
+	}
+	for i := range p.Block {
+		out = append(out, &p.Block[i].Traffic)
+	}
+	return out
 }
 
 // instance is an interface name that a pattern matches.
@@ -64,14 +82,17 @@ func instance(pattern string) string {
 }
 
 func (e expecter) expect(p *Path, proto rules.Protocol, port uint16) Expectation {
-	opens := e.rs.OpensAt(proto, port)
 	in := e.in
-	if len(opens) == 0 {
-		in = in[:1] // no rule that could tell interfaces apart
+	if len(e.rs.OpensAt(proto, port)) == 0 {
+		in = in[:1] // filtered by every interface
 	}
 	var x Expectation
 	for i, name := range in {
-		d := e.rs.Decide(rules.Packet{In: name, Src: p.Src, Dst: p.Dst, Protocol: proto, SrcPort: p.SrcPort, DstPort: port})
+		d := e.rs.Decide(rules.Packet{In: name, Src: p.Src, Dst: p.Dst, Protocol: proto, SrcPort: p.SrcPort, DstPort: port, At: e.at})
+		if d.Observed {
+			d.Outcome = rules.OutcomeOpen // nothing is enforced
+		}
+		x.Limited = x.Limited || d.Limited
 		if i > 0 && d.Outcome != x.Outcome {
 			x.Either = true
 		}
@@ -90,7 +111,7 @@ func (x Expectation) agrees(a Answer, proto rules.Protocol) bool {
 	}
 	open := a.State == Open || a.State == Closed
 	switch {
-	case x.Either:
+	case x.Either || x.Limited:
 		return true
 	case x.Outcome == rules.OutcomeOpen:
 		return open
@@ -103,6 +124,12 @@ func (x Expectation) agrees(a Answer, proto rules.Protocol) bool {
 	}
 	return a.State == Rejected || a.State == Filtered // ICMP errors are rate-limited
 }
+
+// ICMP types (https://www.iana.org/assignments/icmp-parameters, icmpv6-parameters).
+const (
+	echoRequest4 = 8
+	echoRequest6 = 128
+)
 
 // allPorts are the ports 1–65535.
 func allPorts() []uint16 {
@@ -119,19 +146,26 @@ func canaries(e expecter, p *Path) []Canary {
 	const most = 4
 	var out []Canary
 	seen := map[uint16]bool{}
-	for _, o := range e.rs.Policy.Open {
-		if !slices.Contains(o.Protocols, rules.TCP) {
-			continue
-		}
-		for _, r := range o.Ports {
-			x := e.expect(p, rules.TCP, r.Lo)
-			if x.Outcome == rules.OutcomeOpen && !x.Either && !seen[r.Lo] && len(out) < most {
-				seen[r.Lo] = true
-				out = append(out, Canary{CanaryTCP, r.Lo})
-			}
+	try := func(port uint16) {
+		x := e.expect(p, rules.TCP, port)
+		if x.Outcome == rules.OutcomeOpen && !x.Either && !x.Limited && !seen[port] && len(out) < most {
+			seen[port] = true
+			out = append(out, Canary{CanaryTCP, port})
 		}
 	}
-	if e.rs.Policy.ICMP.Echo {
+	for _, o := range e.rs.Policy.Open {
+		for _, r := range o.Ports(rules.TCP) {
+			try(r.Lo)
+		}
+		if o.Any {
+			try(22)
+		}
+	}
+	echo := rules.Packet{In: e.in[0], Src: p.Src, Dst: p.Dst, Protocol: rules.ICMPv4, ICMPType: echoRequest4, At: e.at}
+	if !p.Src.Is4() {
+		echo.Protocol, echo.ICMPType = rules.ICMPv6, echoRequest6
+	}
+	if d := e.rs.Decide(echo); d.Outcome == rules.OutcomeOpen && !d.Limited {
 		out = append(out, Canary{Kind: CanaryEcho})
 	}
 	return out

@@ -14,8 +14,11 @@ import (
 // the edges and from beside what it is restricted to.
 type Outlook struct {
 	Host4, Host6 netip.Addr
-	Links        []string // the host's interfaces; the first is named by no rule
-	Views        []View   // without their links
+	// More are further addresses of the host: those that rules name as their
+	// destination (to).
+	More  []netip.Addr
+	Links []string // the host's interfaces; the first is named by no rule
+	Views []View   // without their links
 	// Unprobed counts the sources that were left out: too many, or addresses
 	// that no packet may carry.
 	Unprobed int
@@ -27,11 +30,12 @@ const (
 	mostViews        = 3000
 	mostRanges       = 200 // of one rule
 	mostPortsOfAView = 64
+	mostAddresses    = 16 // of the host
 )
 
 // NewOutlook chooses addresses, interfaces and views for a policy.
 func NewOutlook(rs *rules.Ruleset, ipv6 bool) (*Outlook, error) {
-	b := &outlookBuilder{rs: rs, index: map[[2]string]int{}, ports: freshPorts()}
+	b := &outlookBuilder{rs: rs, index: map[[3]string]int{}, ports: freshPorts()}
 	o := &b.out
 	var ok4, ok6 bool
 	var src4, src6 netip.Addr
@@ -49,8 +53,14 @@ func NewOutlook(rs *rules.Ruleset, ipv6 bool) (*Outlook, error) {
 		v := b.view(o.Links[0], f.src, f.dst, "", "")
 		v.Path.TCP, v.Path.UDP = allPorts(), allPorts()
 	}
+	for _, t := range allTraffic(rs.Policy) {
+		b.destinations(t)
+	}
 	for i := range rs.Policy.Open {
-		b.restriction(&rs.Policy.Open[i])
+		b.restriction(rs.Policy.Open[i].Name, &rs.Policy.Open[i].Traffic)
+	}
+	for i := range rs.Policy.Block {
+		b.restriction("block "+rs.Policy.Block[i].Name, &rs.Policy.Block[i].Traffic)
 	}
 	for i := range o.Views {
 		v := &o.Views[i]
@@ -65,7 +75,7 @@ type outlookBuilder struct {
 	rs       *rules.Ruleset
 	out      Outlook
 	families []family
-	index    map[[2]string]int // interface and source: place in out.Views
+	index    map[[3]string]int // interface, source and destination: place in out.Views
 	ports    []uint16          // fresh source ports, used from the end
 }
 
@@ -115,7 +125,9 @@ func (b *outlookBuilder) addresses(candidates []netip.Addr) (host, outside netip
 				return true
 			}
 		}
-		return slices.ContainsFunc(b.rs.Policy.Open, func(o rules.Open) bool { return in(o.From.Ranges) })
+		return slices.ContainsFunc(allTraffic(b.rs.Policy), func(t *rules.Traffic) bool {
+			return in(t.From.Ranges) || in(t.Except.Ranges) || in(t.To.Ranges)
+		})
 	}
 	free := slices.DeleteFunc(slices.Clone(candidates), named)
 	if len(free) < 2 {
@@ -128,8 +140,8 @@ func (b *outlookBuilder) addresses(candidates []netip.Addr) (host, outside netip
 // pattern of the policy.
 func (b *outlookBuilder) links() []string {
 	var patterns []string
-	for _, o := range b.rs.Policy.Open {
-		patterns = append(patterns, o.Interfaces...)
+	for _, t := range allTraffic(b.rs.Policy) {
+		patterns = append(patterns, t.Interfaces...)
 	}
 	all := append(slices.Clone(patterns), b.rs.Policy.Published.Interfaces...)
 	main := ""
@@ -153,7 +165,7 @@ func (b *outlookBuilder) links() []string {
 
 // view gives the view of a source on an interface, made on first use.
 func (b *outlookBuilder) view(in string, src, dst netip.Addr, rule, place string) *View {
-	key := [2]string{in, src.String()}
+	key := [3]string{in, src.String(), dst.String()}
 	i, ok := b.index[key]
 	if !ok {
 		if len(b.out.Views) >= mostViews || len(b.ports) == 0 {
@@ -169,38 +181,88 @@ func (b *outlookBuilder) view(in string, src, dst netip.Addr, rule, place string
 	return &b.out.Views[i]
 }
 
-// restriction adds the views that show a restricted opening from every side.
-func (b *outlookBuilder) restriction(o *rules.Open) {
-	if o.From.Any && len(o.Interfaces) == 0 && o.Family == rules.Both {
+// destinations gives the host the addresses that a rule is restricted to.
+func (b *outlookBuilder) destinations(t *rules.Traffic) {
+	for _, r := range b.ranges(&t.To) {
+		a := r.Lo
+		switch {
+		case slices.Contains(b.out.More, a) || a == b.out.Host4 || a == b.out.Host6:
+		case !usable(a) || len(b.out.More) == mostAddresses || (!a.Is4() && len(b.families) == 1):
+			b.out.Unprobed++
+		default:
+			b.out.More = append(b.out.More, a)
+		}
+	}
+}
+
+// ranges are all addresses of a source, those of its sets included.
+func (b *outlookBuilder) ranges(s *rules.Source) []rules.AddrRange {
+	out := slices.Clone(s.Ranges)
+	for _, name := range s.Sets {
+		out = append(out, b.rs.Policy.Set(name).Ranges...)
+	}
+	return out
+}
+
+// restriction adds the views that show a restricted rule from every side.
+func (b *outlookBuilder) restriction(name string, t *rules.Traffic) {
+	nobody := len(t.Except.Ranges) == 0 && len(t.Except.Sets) == 0
+	anywhere := len(t.To.Ranges) == 0 && len(t.To.Sets) == 0
+	if t.From.Any && len(t.Interfaces) == 0 && t.Family == rules.Both && nobody && anywhere {
 		return // the sweep sees it
 	}
-	ports := representative(o.Ports)
+	tcp, udp := b.portsOf(t)
+	if len(tcp)+len(udp) == 0 {
+		return // a protocol that is not probed
+	}
 	in := []string{b.out.Links[0]}
-	for _, p := range o.Interfaces {
+	for _, p := range t.Interfaces {
 		if name := instance(p); name != "lo" && !slices.Contains(in, name) {
 			in = append(in, name)
 		}
 	}
 	for _, f := range b.families {
-		for _, s := range b.sources(o, f) {
-			for _, name := range in {
-				if !usable(s.addr) || s.addr == f.dst {
-					b.out.Unprobed++
-					continue
-				}
-				v := b.view(name, s.addr, f.dst, o.Name, s.place)
-				if v == nil || v.Sweep() {
-					continue
-				}
-				if slices.Contains(o.Protocols, rules.TCP) {
-					v.Path.TCP = union(v.Path.TCP, ports)
-				}
-				if slices.Contains(o.Protocols, rules.UDP) {
-					v.Path.UDP = union(v.Path.UDP, ports)
+		dsts := []netip.Addr{f.dst}
+		for _, r := range b.ranges(&t.To) {
+			if r.Lo.Is4() == f.dst.Is4() && slices.Contains(b.out.More, r.Lo) {
+				dsts = append(dsts, r.Lo)
+			}
+		}
+		for _, s := range b.sources(t, f) {
+			if !usable(s.addr) || s.addr == f.dst || slices.Contains(b.out.More, s.addr) {
+				b.out.Unprobed++
+				continue
+			}
+			for _, dst := range dsts {
+				for _, ifname := range in {
+					if v := b.view(ifname, s.addr, dst, name, s.place); v != nil && !v.Sweep() {
+						v.Path.TCP, v.Path.UDP = union(v.Path.TCP, tcp), union(v.Path.UDP, udp)
+					}
 				}
 			}
 		}
 	}
+}
+
+// portsOf are the ports that show what a rule does: its own, and for one about
+// every port some that are listed and some that are not.
+func (b *outlookBuilder) portsOf(t *rules.Traffic) (tcp, udp []uint16) {
+	if !t.Any {
+		return representative(t.Ports(rules.TCP)), representative(t.Ports(rules.UDP))
+	}
+	const most = 8
+	pick := func(proto rules.Protocol) []uint16 {
+		out := []uint16{22, 31337, 65535}
+		for i := range b.rs.Policy.Open {
+			for _, r := range b.rs.Policy.Open[i].Ports(proto) {
+				if len(out) < most {
+					out = append(out, r.Lo)
+				}
+			}
+		}
+		return union(nil, out)
+	}
+	return pick(rules.TCP), pick(rules.UDP)
 }
 
 type source struct {
@@ -210,15 +272,12 @@ type source struct {
 
 // sources are the addresses from which to look at a rule: the ends of each of
 // its ranges, one within, the neighbours on both sides, and a stranger.
-func (b *outlookBuilder) sources(o *rules.Open, f family) []source {
+func (b *outlookBuilder) sources(t *rules.Traffic, f family) []source {
 	out := []source{{f.src, "beside"}}
-	if o.From.Any {
+	if t.From.Any {
 		out[0].place = "inside"
 	}
-	ranges := slices.Clone(o.From.Ranges)
-	for _, name := range o.From.Sets {
-		ranges = append(ranges, b.rs.Policy.Set(name).Ranges...)
-	}
+	ranges := append(b.ranges(&t.From), b.ranges(&t.Except)...)
 	ranges = slices.DeleteFunc(ranges, func(r rules.AddrRange) bool { return r.Lo.Is4() != f.dst.Is4() })
 	if n := len(ranges) - mostRanges; n > 0 {
 		b.out.Unprobed += n

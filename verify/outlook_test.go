@@ -12,7 +12,7 @@ import (
 
 func compileText(t testing.TB, text string) *rules.Ruleset {
 	t.Helper()
-	p, problems := rules.Parse("policy.toml", []byte("version = 1\n"+text))
+	p, problems := rules.Parse("policy.toml", []byte("version = 1\n"+text), nil)
 	if p == nil {
 		var b strings.Builder
 		if err := rules.Render(&b, problems, ""); err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 
 	"deadlight/rules"
 )
@@ -54,7 +55,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 			}
 		}
 	}
-	world := WorldConfig{Host4: outlook.Host4, Links: outlook.Links}
+	world := WorldConfig{Host4: outlook.Host4, More: outlook.More, Links: outlook.Links}
 	if ipv6 {
 		world.Host6 = outlook.Host6
 	}
@@ -106,6 +107,12 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	report.Listeners = &Listening{
 		ListedTCP: len(tcp.listed), ListedUDP: len(udp.listed), UnlistedTCP: len(tcp.unlisted), UnlistedUDP: len(udp.unlisted),
 	}
+	if cfg.Rules.Policy.Default.Observe {
+		report.Notes = append(report.Notes, "enforce = false: nothing is dropped, every port is reachable")
+	}
+	if other := otherProtocols(cfg.Rules.Policy); other != "" {
+		report.Notes = append(report.Notes, "not probed: "+other)
+	}
 	if outlook.Unprobed > 0 {
 		report.Notes = append(report.Notes, fmt.Sprintf("%s of restricted openings not looked from: too many, or no packet may carry them",
 			count(outlook.Unprobed, "source", "sources")))
@@ -118,6 +125,19 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		report.Notes = append(report.Notes, "IPv6 is not in this kernel: nothing was probed over it")
 	}
 	return report, nil
+}
+
+// otherProtocols names the listed protocols that no probe speaks.
+func otherProtocols(p *rules.Policy) string {
+	var out []string
+	for _, o := range p.Open {
+		for _, on := range o.On {
+			if name := on.Protocol.String(); on.Protocol != rules.TCP && on.Protocol != rules.UDP && !slices.Contains(out, name) {
+				out = append(out, name)
+			}
+		}
+	}
+	return strings.Join(out, ", ")
 }
 
 // proof reads everything the tripwire recorded.
@@ -156,11 +176,8 @@ func listening(rs *rules.Ruleset, budget int) (tcp, udp portPlan) {
 	plan := func(proto rules.Protocol) portPlan {
 		var p portPlan
 		var all []uint16
-		for _, o := range rs.Policy.Open {
-			if !slices.Contains(o.Protocols, proto) {
-				continue
-			}
-			for _, r := range o.Ports {
+		for i := range rs.Policy.Open {
+			for _, r := range rs.Policy.Open[i].Ports(proto) {
 				for port := int(r.Lo); port <= int(r.Hi); port++ {
 					all = append(all, uint16(port))
 				}

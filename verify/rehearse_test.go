@@ -34,7 +34,7 @@ func loadText(t *testing.T, text string) func() error {
 func compiled(t *testing.T, rs *rules.Ruleset) string {
 	t.Helper()
 	var b bytes.Buffer
-	if err := rs.Table.WriteNFT(&b); err != nil {
+	if err := rs.Table.WriteNFT(&b, time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	return b.String()

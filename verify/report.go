@@ -172,8 +172,9 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 type judge struct {
 	cfg      JudgeConfig
 	report   *Report
-	unproved int // UDP ports whose silence nothing but the path vouches for
-	either   int // ports that hang on an interface we do not know
+	unproved int      // UDP ports whose silence nothing but the path vouches for
+	either   int      // ports that hang on an interface we do not know
+	limited  []string // ports that a rate or a number of connections limits
 	silent   []string
 }
 
@@ -216,6 +217,11 @@ func (j *judge) view(v *View, res *PathResult) {
 			case x.Either:
 				j.either++
 				continue
+			case x.Limited:
+				if !slices.Contains(j.limited, name) {
+					j.limited = append(j.limited, name)
+				}
+				continue
 			case proto == rules.UDP && a.State == Filtered && !exact:
 				j.unproved++
 				if x.Outcome == rules.OutcomeOpen {
@@ -251,7 +257,7 @@ func (j *judge) settle(v *View, proto rules.Protocol, port uint16, a Answer, exa
 	switch {
 	case j.cfg.HostProof.Passed[key]:
 		return Answer{Closed, PassedFirewall}
-	case exact && j.cfg.HostProof.Gate[key]:
+	case exact && j.cfg.HostProof.Gate[key] && !j.cfg.Rules.Policy.Default.IgnorePublished:
 		return Answer{Filtered, PassedGate}
 	case exact:
 		return Answer{Filtered, NoResponse}
@@ -286,6 +292,9 @@ func (j *judge) notes() []string {
 	}
 	if len(j.silent) > 0 {
 		out = append(out, fmt.Sprintf("listed but silent: %s: over UDP that may be a service that does not answer", strings.Join(j.silent, ", ")))
+	}
+	if len(j.limited) > 0 {
+		out = append(out, fmt.Sprintf("limited, so that probes may use the limit up: %s: reachable or silent, both are as the policy says", strings.Join(j.limited, ", ")))
 	}
 	if j.either > 0 {
 		out = append(out, fmt.Sprintf("%s not judged: the policy decides by interface, and which one the probes enter by is not known here", count(j.either, "port", "ports")))

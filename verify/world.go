@@ -35,6 +35,8 @@ func Here(fn func() error) error {
 // the zero Addr: the host then lacks that family.
 type WorldConfig struct {
 	Host4, Host6 netip.Addr
+	// More are further addresses of the host, each of a family that it has.
+	More []netip.Addr
 	// Links names the host's interfaces as the policy does, each up to 15 bytes
 	// and once. The first holds the addresses and the default routes.
 	Links []string
@@ -274,6 +276,14 @@ func (w *World) configureHost(cfg WorldConfig) error {
 			Flags: unix.IFA_F_NODAD,
 		}); err != nil {
 			return fmt.Errorf("address %s: %w", f.host, err)
+		}
+		for _, a := range cfg.More {
+			if a.Is4() != f.host.Is4() {
+				continue
+			}
+			if err := netlink.AddrAdd(first, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, a.BitLen())), Flags: unix.IFA_F_NODAD}); err != nil {
+				return fmt.Errorf("address %s: %w", a, err)
+			}
 		}
 		for _, l := range w.links {
 			if err := netlink.NeighSet(&netlink.Neigh{

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -36,65 +38,137 @@ func check(e env, file string) error {
 	if err != nil {
 		return err
 	}
-	printf(e.stdout, "%s: valid, %s\n", printable(file), plural(len(rs.Policy.Open), "opening"))
+	p := rs.Policy
+	printf(e.stdout, "%s: valid, %s\n", printable(file), plural(len(p.Open), "opening"))
 	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
-	for i := range rs.Policy.Open {
-		o := &rs.Policy.Open[i]
-		var protocols []string
-		for _, p := range o.Protocols {
-			protocols = append(protocols, p.String())
+	for i := range p.Block {
+		b := &p.Block[i]
+		printf(w, "  block\t%s\t%s\t%q\n", what(&b.Traffic), fromWhere(&b.Traffic), b.Name)
+	}
+	for i := range p.Open {
+		o := &p.Open[i]
+		printf(w, "  open\t%s\t%s%s\t%q\n", what(&o.Traffic), fromWhere(&o.Traffic), limits(o), o.Name)
+	}
+	if p.Default.Output != rules.Accept {
+		for i := range p.Egress {
+			g := &p.Egress[i]
+			printf(w, "  egress\t%s\t%s\t%q\n", what(&g.Traffic), fromWhere(&g.Traffic), g.Name)
 		}
-		var ports []string
-		for _, r := range o.Ports {
-			ports = append(ports, r.String())
-		}
-		printf(w, "  open\t%s/%s\tfrom %s\t%q\n", strings.Join(ports, ","), strings.Join(protocols, "+"), fromWhere(o), o.Name)
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	p := rs.Policy
-	printf(e.stdout, "Every other TCP and UDP port: %s\n", map[rules.Action]string{
+	if p.Default.Observe {
+		printf(e.stdout, "enforce = false: nothing is dropped, what would be is counted\n")
+	}
+	printf(e.stdout, "Everything else: %s\n", map[rules.Action]string{
 		rules.Drop: "dropped, filtered as seen from outside", rules.Reject: "rejected, the sender is told"}[p.Default.Input])
+	if p.Default.Output != rules.Accept {
+		printf(e.stdout, "What leaves unlisted: %s\n", map[rules.Action]string{rules.Drop: "dropped", rules.Reject: "rejected"}[p.Default.Output])
+	}
 	if !p.ICMP.Echo {
 		printf(e.stdout, "Echo requests (ping) are not answered\n")
 	}
 	return nil
 }
 
-// fromWhere says in words whom an opening admits.
-func fromWhere(o *rules.Open) string {
-	from := "anywhere"
-	if !o.From.Any {
-		var list []string
-		for _, r := range o.From.Ranges {
-			list = append(list, r.String())
-		}
-		for _, s := range o.From.Sets {
-			list = append(list, "@"+s)
-		}
-		if n := len(list) - 6; n > 0 {
-			list = append(list[:6], "…", plural(n, "more source"))
-		}
-		from = strings.Join(list, ", ")
+// what says in words which ports a rule is about: "22,80/tcp+udp".
+func what(t *rules.Traffic) string {
+	if t.Any {
+		return "everything"
 	}
-	if o.Family != rules.Both {
-		from += " (" + o.Family.String() + ")"
+	var parts []string
+	for i, on := range t.On {
+		if i > 0 && on.Ports != nil && slices.Equal(on.Ports, t.On[i-1].Ports) {
+			parts[len(parts)-1] += "+" + on.Protocol.String()
+			continue
+		}
+		var ports []string
+		for _, r := range on.Ports {
+			ports = append(ports, r.String())
+		}
+		if on.Ports == nil {
+			parts = append(parts, on.Protocol.String())
+		} else {
+			parts = append(parts, strings.Join(ports, ",")+"/"+on.Protocol.String())
+		}
 	}
-	if len(o.Interfaces) > 0 {
-		from += " by " + strings.Join(o.Interfaces, ", ")
+	return strings.Join(parts, " ")
+}
+
+// limits says how much of an opening is to be had.
+func limits(o *rules.Open) string {
+	var out []string
+	if r := o.Rate; r != nil {
+		per := "all together"
+		if r.PerSource {
+			per = "a source"
+		}
+		out = append(out, fmt.Sprintf("%d/%s %s", r.Limit, unit(r.Per), per))
+	}
+	if o.Connections > 0 {
+		out = append(out, plural(o.Connections, "connection")+" a source")
+	}
+	if !o.Expires.IsZero() {
+		out = append(out, "until "+o.Expires.Format(time.RFC3339))
+	}
+	if len(out) == 0 {
+		return ""
+	}
+	return ", " + strings.Join(out, ", ")
+}
+
+func unit(d time.Duration) string {
+	return map[time.Duration]string{time.Second: "second", time.Minute: "minute", time.Hour: "hour", 24 * time.Hour: "day"}[d]
+}
+
+// sourceList names a source in words.
+func sourceList(s *rules.Source) string {
+	var list []string
+	for _, r := range s.Ranges {
+		list = append(list, r.String())
+	}
+	for _, name := range s.Sets {
+		list = append(list, "@"+name)
+	}
+	if n := len(list) - 6; n > 0 {
+		list = append(list[:6], plural(n, "more address"))
+	}
+	return strings.Join(list, ", ")
+}
+
+// fromWhere says in words whom, and which of our addresses, a rule is about.
+func fromWhere(t *rules.Traffic) string {
+	from := "from anywhere"
+	if !t.From.Any {
+		from = "from " + sourceList(&t.From)
+	}
+	if except := sourceList(&t.Except); except != "" {
+		from += " except " + except
+	}
+	if to := sourceList(&t.To); to != "" {
+		from += " to " + to
+	}
+	if t.Family != rules.Both {
+		from += " (" + t.Family.String() + ")"
+	}
+	if len(t.Interfaces) > 0 {
+		from += " by " + strings.Join(t.Interfaces, ", ")
 	}
 	return from
 }
 
 // openJSON is one opening of `check --json`.
 type openJSON struct {
-	Port       string   `json:"port"` // "443" or "6000-6010"
+	Port       string   `json:"port"` // "443" or "6000-6010"; "*" of a protocol without ports
 	Protocol   string   `json:"protocol"`
 	Family     string   `json:"family"` // ipv4, ipv6 or both
 	Rule       string   `json:"rule"`
-	From       []string `json:"from"`       // prefixes, ranges and @sets
+	From       []string `json:"from"` // prefixes, ranges and @sets
+	Except     []string `json:"except,omitempty"`
+	To         []string `json:"to,omitempty"`
 	Interfaces []string `json:"interfaces"` // "*" is every interface
+	Limited    bool     `json:"limited,omitempty"`
 }
 
 func checkJSON(e env, file string) error {
@@ -132,21 +206,40 @@ func opensOf(o *rules.Open) []openJSON {
 			from = append(from, "::/0")
 		}
 	}
-	for _, r := range o.From.Ranges {
-		from = append(from, r.String())
-	}
-	for _, s := range o.From.Sets {
-		from = append(from, "@"+s)
-	}
+	from = append(from, addresses(&o.From)...)
 	interfaces := slices.Clone(o.Interfaces)
 	if len(interfaces) == 0 {
 		interfaces = []string{"*"}
 	}
 	var out []openJSON
-	for _, p := range o.Protocols {
-		for _, r := range o.Ports {
-			out = append(out, openJSON{r.String(), p.String(), o.Family.String(), o.Name, from, interfaces})
+	add := func(port, protocol string) {
+		out = append(out, openJSON{
+			Port: port, Protocol: protocol, Family: o.Family.String(), Rule: o.Name, From: from,
+			Except: addresses(&o.Except), To: addresses(&o.To), Interfaces: interfaces, Limited: o.Limited(),
+		})
+	}
+	if o.Any {
+		add("*", "any")
+	}
+	for _, on := range o.On {
+		if on.Ports == nil {
+			add("*", on.Protocol.String())
 		}
+		for _, r := range on.Ports {
+			add(r.String(), on.Protocol.String())
+		}
+	}
+	return out
+}
+
+// addresses lists a source for machines.
+func addresses(s *rules.Source) []string {
+	var out []string
+	for _, r := range s.Ranges {
+		out = append(out, r.String())
+	}
+	for _, name := range s.Sets {
+		out = append(out, "@"+name)
 	}
 	return out
 }

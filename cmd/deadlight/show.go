@@ -1,6 +1,8 @@
 package main
 
 import (
+	"time"
+
 	"github.com/spf13/cobra"
 
 	"deadlight/rules"
@@ -24,7 +26,7 @@ nft -c -f accepts it. Deadlight itself never runs nft.`,
 			if asJSON {
 				return writeJSON(e.stdout, tableJSON(&rs.Table))
 			}
-			return rs.Table.WriteNFT(e.stdout)
+			return rs.Table.WriteNFT(e.stdout, time.Now())
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")

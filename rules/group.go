@@ -1,0 +1,386 @@
+package rules
+
+import (
+	"fmt"
+	"slices"
+	"sort"
+	"strings"
+)
+
+// portProtocols are the protocols with ports, in the order of the gate.
+var portProtocols = [...]Protocol{TCP, UDP, SCTP}
+
+func dport(p Protocol) Field {
+	switch p {
+	case UDP:
+		return UDPDport
+	case SCTP:
+		return SCTPDport
+	}
+	return TCPDport
+}
+
+func listedSet(p Protocol) string { return p.String() + "_listed" }
+
+func isRange(r PortRange) bool { return r.Lo != r.Hi }
+
+// group is a kind of rule: one lookup a protocol finds the rules that name a
+// port, however many there are.
+type group struct {
+	kind    string // "open", "block" or "egress"
+	iface   Field
+	verdict VerdictKind
+	traffic []*Traffic
+	index   portIndex
+}
+
+func (g *group) chain(t *Traffic) string { return g.kind + "_" + t.Name }
+
+func plainCodes(x *portIndex) []uint32 {
+	var codes []uint32
+	for p := range x.plain {
+		codes = append(codes, uint32(p))
+	}
+	slices.Sort(codes)
+	return codes
+}
+
+// group compiles a kind of rule: its maps, sets and chains, and the rules that
+// lead there.
+func (c *compiler) group(g *group) []Rule {
+	g.index = indexRules(g.traffic)
+	var r []Rule
+	for _, p := range portProtocols {
+		segs := g.index.ports[p]
+		if len(segs) == 0 {
+			continue
+		}
+		m := Set{Name: p.String() + "_" + g.kind, Type: TypePort}
+		seen := map[string]string{}
+		for _, s := range segs {
+			to := c.target(g, fmt.Sprintf("%s_%s_%d", p, g.kind, s.ports.Lo), s.rules, seen)
+			if n := len(m.Ports) - 1; n >= 0 && m.Ports[n].Hi+1 == s.ports.Lo && m.Targets[n] == to {
+				m.Ports[n].Hi = s.ports.Hi // another rule begins or ends here, but adds nothing
+			} else {
+				m.Ports, m.Targets = append(m.Ports, s.ports), append(m.Targets, to)
+			}
+		}
+		m.Interval = slices.ContainsFunc(m.Ports, isRange)
+		c.sets = append(c.sets, m)
+		r = append(r, line(g.kind, VerdictMap{Field: dport(p), Map: m.Name}))
+	}
+	if codes := plainCodes(&g.index); len(codes) > 0 {
+		m := Set{Name: "protocols_" + g.kind, Type: TypeProtocol, Codes: codes}
+		seen := map[string]string{}
+		for _, code := range codes {
+			m.Targets = append(m.Targets, c.target(g, fmt.Sprintf("protocol_%s_%d", g.kind, code), g.index.plain[Protocol(code)], seen))
+		}
+		c.sets = append(c.sets, m)
+		r = append(r, line(g.kind, VerdictMap{Field: MetaL4proto, Map: m.Name}))
+	}
+	for _, i := range g.index.any {
+		r = append(r, line(g.kind+" "+g.traffic[i].Name, jump(g.chain(g.traffic[i]))))
+	}
+	for i := range g.traffic {
+		c.ruleChain(g, i)
+	}
+	c.namedSets(g)
+	return r
+}
+
+// target is the chain that judges what a list of rules names: that of its one
+// rule, or one that asks each in turn.
+func (c *compiler) target(g *group, name string, list []int, seen map[string]string) string {
+	for _, i := range list {
+		if c.unrestricted(g, i) {
+			return g.chain(g.traffic[i]) // it takes everybody: the others cannot add to that
+		}
+	}
+	if len(list) == 1 {
+		return g.chain(g.traffic[list[0]])
+	}
+	key := fmt.Sprint(list)
+	if old, ok := seen[key]; ok {
+		return old
+	}
+	ch := Chain{Name: name}
+	for _, i := range list {
+		ch.Rules = append(ch.Rules, line(g.kind+" "+g.traffic[i].Name, jump(g.chain(g.traffic[i]))))
+	}
+	c.chains = append(c.chains, ch)
+	seen[key] = name
+	return name
+}
+
+// unrestricted reports whether a rule takes every packet that names its ports.
+func (c *compiler) unrestricted(g *group, i int) bool {
+	t := g.traffic[i]
+	plain := t.From.Any && len(t.Interfaces) == 0 && t.Family == Both && t.Expires.IsZero() && t.To.anywhere() && t.Except.nobody()
+	switch g.kind {
+	case "open":
+		o := &c.policy.Open[i]
+		return plain && o.Rate == nil && o.Connections == 0
+	case "egress":
+		o := &c.policy.Egress[i]
+		return plain && o.User == "" && o.Group == ""
+	}
+	return plain
+}
+
+// anywhere reports whether a source, or a destination, was left out.
+func (s *Source) anywhere() bool { return s.Any || s.nobody() }
+
+func (s *Source) nobody() bool { return !s.Any && len(s.Ranges) == 0 && len(s.Sets) == 0 }
+
+// ruleChain gives a rule its chain: what it is not about returns, the rest meets
+// its verdict.
+func (c *compiler) ruleChain(g *group, i int) {
+	t := g.traffic[i]
+	name, comment := g.chain(t), g.kind+" "+t.Name
+	ch := Chain{Name: name}
+	miss := func(e ...Expr) {
+		ch.Rules = append(ch.Rules, line(comment, append(e, Verdict{Kind: VerdictReturn})...))
+	}
+	if !t.Expires.IsZero() {
+		// The kernel takes the elements away when the time has come, with no process alive.
+		c.sets = append(c.sets, Set{Name: name + "_until", Type: TypeNfproto, Codes: []uint32{NfprotoIPv4, NfprotoIPv6}, Until: t.Expires})
+		miss(MatchSet{Field: MetaNfproto, Set: name + "_until", Not: true})
+	}
+	if len(t.Interfaces) > 0 {
+		c.sets = append(c.sets, ifnameSet(name+"_if", t.Interfaces))
+		miss(MatchSet{Field: g.iface, Set: name + "_if", Not: true})
+	}
+	for _, v4 := range []bool{true, false} {
+		if !t.Family.Has(v4) {
+			continue
+		}
+		if !t.To.anywhere() {
+			if set := c.oneSet(name+"_to", &t.To, v4); set != "" {
+				miss(MatchSet{Field: daddr(v4), Set: set, Not: true})
+			} else {
+				miss(nfproto(v4))
+			}
+		}
+		// What an egress rule excepts is a destination: its source is this host.
+		field := saddr(v4)
+		if g.kind == "egress" {
+			field = daddr(v4)
+		}
+		for _, set := range c.setsOf(name+"_except", &t.Except, v4) {
+			miss(MatchSet{Field: field, Set: set})
+		}
+	}
+	end := c.verdict(g, i)
+	for _, from := range g.sources(c, t) {
+		ch.Rules = append(ch.Rules, line(comment, append(slices.Clone(from), end...)...))
+	}
+	c.sourceSets(g, t)
+	c.chains = append(c.chains, ch)
+	if g.kind == "open" {
+		c.admission(&c.policy.Open[i])
+	}
+}
+
+// verdict ends the rules of a chain.
+func (c *compiler) verdict(g *group, i int) []Expr {
+	t := g.traffic[i]
+	var e []Expr
+	switch g.kind {
+	case "open":
+		if o := &c.policy.Open[i]; o.Rate != nil || o.Connections > 0 || o.Log {
+			return []Expr{Verdict{Kind: VerdictGoto, Chain: "admit_" + o.Name}}
+		}
+	case "egress":
+		o := &c.policy.Egress[i]
+		if o.User != "" {
+			e = append(e, Match{Field: MetaSkuid, Name: o.User})
+		}
+		if o.Group != "" {
+			e = append(e, Match{Field: MetaSkgid, Name: o.Group})
+		}
+	}
+	if t.Log {
+		e = append(e, c.log(g.kind+" "+t.Name))
+	}
+	return append(e, c.count(g.chain(t)), Verdict{Kind: g.verdict})
+}
+
+// admission is the rest of an opening with a rate, a number of connections or a
+// log: running flows pass, new ones must keep within the limits.
+func (c *compiler) admission(o *Open) {
+	if o.Rate == nil && o.Connections == 0 && !o.Log {
+		return
+	}
+	comment, name := "open "+o.Name, "open_"+o.Name
+	ch := Chain{Name: "admit_" + o.Name, Rules: []Rule{line(comment, state(StateEstablished), c.count(name), accept())}}
+	for _, v4 := range []bool{true, false} {
+		if !o.Family.Has(v4) {
+			continue
+		}
+		e := []Expr{nfproto(v4)}
+		if o.Connections > 0 {
+			e = append(e, c.meter(name+"_conn", v4, nil, o.Connections))
+		}
+		if o.Rate != nil && o.Rate.PerSource {
+			e = append(e, c.meter(name+"_rate", v4, o.Rate, 0))
+		} else if o.Rate != nil {
+			e = append(e, c.limit("rate_"+o.Name, *o.Rate))
+		}
+		if o.Log {
+			e = append(e, c.log(comment))
+		}
+		ch.Rules = append(ch.Rules, line(comment, append(e, c.count(name), accept())...))
+	}
+	if o.Log && (o.Rate != nil || o.Connections > 0) {
+		ch.Rules = append(ch.Rules, line(comment, c.log("over the limit "+o.Name)))
+	}
+	c.chains = append(c.chains, ch)
+}
+
+func saddr(v4 bool) Field {
+	if v4 {
+		return IPSaddr
+	}
+	return IP6Saddr
+}
+
+func daddr(v4 bool) Field {
+	if v4 {
+		return IPDaddr
+	}
+	return IP6Daddr
+}
+
+// sources are the alternatives by which a packet comes from where a rule says:
+// one rule of a chain each.
+func (g *group) sources(c *compiler, t *Traffic) [][]Expr {
+	if t.From.Any {
+		if t.Family == Both {
+			return [][]Expr{nil}
+		}
+		return [][]Expr{{nfproto(t.Family == IPv4)}}
+	}
+	var out [][]Expr
+	for _, v4 := range []bool{true, false} {
+		if t.Family.Has(v4) {
+			for _, set := range c.setNames(g.chain(t)+"_from", &t.From, v4) {
+				out = append(out, []Expr{MatchSet{Field: saddr(v4), Set: set}})
+			}
+		}
+	}
+	return out
+}
+
+// sourceSets makes the sets that sources names.
+func (c *compiler) sourceSets(g *group, t *Traffic) {
+	if t.From.Any {
+		return
+	}
+	for _, v4 := range []bool{true, false} {
+		if t.Family.Has(v4) {
+			c.setsOf(g.chain(t)+"_from", &t.From, v4)
+		}
+	}
+}
+
+func familySuffix(v4 bool) string {
+	if v4 {
+		return "4"
+	}
+	return "6"
+}
+
+func namedSet(name string, v4 bool) string { return "set_" + name + "_" + familySuffix(v4) }
+
+// setNames are the kernel sets that hold a source's addresses of a family: its
+// own, and those of the sets it names.
+func (c *compiler) setNames(own string, s *Source, v4 bool) []string {
+	var out []string
+	if len(ofFamily(s.Ranges, v4)) > 0 {
+		out = append(out, own+familySuffix(v4))
+	}
+	for _, name := range s.Sets {
+		if len(ofFamily(c.named[name].Ranges, v4)) > 0 {
+			out = append(out, namedSet(name, v4))
+		}
+	}
+	return out
+}
+
+// setsOf is setNames, and makes the own set.
+func (c *compiler) setsOf(own string, s *Source, v4 bool) []string {
+	if ranges := ofFamily(s.Ranges, v4); len(ranges) > 0 {
+		c.addrSet(own+familySuffix(v4), v4, ranges)
+	}
+	return c.setNames(own, s, v4)
+}
+
+// oneSet is a single set with all of a source's addresses of a family, or "".
+func (c *compiler) oneSet(own string, s *Source, v4 bool) string {
+	names := c.setNames(own, s, v4)
+	if len(names) == 0 {
+		return ""
+	}
+	if len(names) == 1 && len(ofFamily(s.Ranges, v4)) == 0 {
+		return names[0]
+	}
+	ranges := slices.Clone(ofFamily(s.Ranges, v4))
+	for _, name := range s.Sets {
+		ranges = append(ranges, ofFamily(c.named[name].Ranges, v4)...)
+	}
+	c.addrSet(own+familySuffix(v4), v4, mergeAddrs(ranges))
+	return own + familySuffix(v4)
+}
+
+func (c *compiler) addrSet(name string, v4 bool, ranges []AddrRange) {
+	t := TypeIPv6
+	if v4 {
+		t = TypeIPv4
+	}
+	interval := slices.ContainsFunc(ranges, func(r AddrRange) bool { return r.Lo != r.Hi })
+	c.sets = append(c.sets, Set{Name: name, Type: t, Interval: interval, Addrs: ranges})
+}
+
+// namedSets makes the policy's sets that the rules of a group name, once.
+func (c *compiler) namedSets(g *group) {
+	for _, t := range g.traffic {
+		for _, list := range [][]string{t.From.Sets, t.Except.Sets, t.To.Sets} {
+			for _, name := range list {
+				for _, v4 := range []bool{true, false} {
+					ranges := ofFamily(c.named[name].Ranges, v4)
+					if set := namedSet(name, v4); len(ranges) > 0 && !c.made[set] {
+						c.made[set] = true
+						c.addrSet(set, v4, ranges)
+					}
+				}
+			}
+		}
+	}
+}
+
+// ofFamily is the part of ranges, as [Source.Ranges] keeps them, of one family.
+func ofFamily(ranges []AddrRange, v4 bool) []AddrRange {
+	k := sort.Search(len(ranges), func(i int) bool { return !ranges[i].Lo.Is4() })
+	if v4 {
+		return ranges[:k]
+	}
+	return ranges[k:]
+}
+
+// ifnameSet keeps exact names in a hash set; a prefix makes it an interval set.
+func ifnameSet(name string, names []string) Set {
+	names = slices.Clone(names)
+	slices.Sort(names)
+	names = slices.Compact(names)
+	// A prefix swallows the names it covers: intervals must not overlap.
+	var kept []string
+	for _, n := range names {
+		if !slices.ContainsFunc(names, func(p string) bool {
+			return p != n && strings.HasSuffix(p, "*") && MatchInterface(p, strings.TrimSuffix(n, "*"))
+		}) {
+			kept = append(kept, n)
+		}
+	}
+	wild := slices.ContainsFunc(kept, func(n string) bool { return strings.HasSuffix(n, "*") })
+	return Set{Name: name, Type: TypeIfname, Interval: wild, Names: kept}
+}
