@@ -29,6 +29,12 @@ with deadlight check and try it with deadlight try before you apply it remotely.
 			if err != nil {
 				return err
 			}
+			if failed := failing(rs); len(failed) > 0 {
+				for _, f := range failed {
+					printf(e.stderr, "%s: %s\n", f.pos, f.text)
+				}
+				return refused(errors.New("an expectation of the policy does not hold: ruleset as before"), "deadlight check "+file)
+			}
 			res, err := applyHere(rs)
 			if err != nil {
 				return kernelError(err, "deadlight apply "+file)

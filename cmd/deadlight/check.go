@@ -69,7 +69,44 @@ func check(e env, file string) error {
 	if !p.ICMP.Echo {
 		printf(e.stdout, "Echo requests (ping) are not answered\n")
 	}
+	failed := failing(rs)
+	for _, f := range failed {
+		printf(e.stderr, "%s: %s\n", f.pos, f.text)
+	}
+	if len(failed) > 0 {
+		printf(e.stderr, "deadlight: %s of %d not as the policy says\n", plural(len(failed), "expectation"), len(p.Expect))
+		return silently(exitFindings)
+	}
+	if n := len(p.Expect); n > 0 {
+		printf(e.stdout, "%s hold\n", plural(n, "expectation"))
+	}
 	return nil
+}
+
+// unmet is an [[expect]] that does not hold.
+type unmet struct {
+	pos  rules.Pos
+	text string
+}
+
+// failing holds every [[expect]] of a policy against the model.
+func failing(rs *rules.Ruleset) []unmet {
+	var out []unmet
+	for _, x := range rs.Policy.Expect {
+		p := x.Packet
+		p.At = time.Now()
+		d := rs.Decide(p)
+		if d.Outcome == x.State {
+			continue
+		}
+		by := ""
+		if d.Rule != "" {
+			by = fmt.Sprintf(" by %s %q (%s)", d.Kind, d.Rule, d.Pos)
+		}
+		out = append(out, unmet{x.Pos, fmt.Sprintf("expected %s from %s to be %s, but it is %s%s",
+			rules.PortName(p.Protocol, p.DstPort), p.Src, x.State, d.Outcome, by)})
+	}
+	return out
 }
 
 // what says in words which ports a rule is about: "22,80/tcp+udp".
@@ -122,31 +159,16 @@ func unit(d time.Duration) string {
 	return map[time.Duration]string{time.Second: "second", time.Minute: "minute", time.Hour: "hour", 24 * time.Hour: "day"}[d]
 }
 
-// sourceList names a source in words.
-func sourceList(s *rules.Source) string {
-	var list []string
-	for _, r := range s.Ranges {
-		list = append(list, r.String())
-	}
-	for _, name := range s.Sets {
-		list = append(list, "@"+name)
-	}
-	if n := len(list) - 6; n > 0 {
-		list = append(list[:6], plural(n, "more address"))
-	}
-	return strings.Join(list, ", ")
-}
-
 // fromWhere says in words whom, and which of our addresses, a rule is about.
 func fromWhere(t *rules.Traffic) string {
 	from := "from anywhere"
 	if !t.From.Any {
-		from = "from " + sourceList(&t.From)
+		from = "from " + t.From.String()
 	}
-	if except := sourceList(&t.Except); except != "" {
+	if except := t.Except.String(); except != "" {
 		from += " except " + except
 	}
-	if to := sourceList(&t.To); to != "" {
+	if to := t.To.String(); to != "" && !t.To.Any {
 		from += " to " + to
 	}
 	if t.Family != rules.Both {
@@ -181,19 +203,33 @@ func checkJSON(e env, file string) error {
 		OK       bool            `json:"ok"`
 		Problems []rules.Problem `json:"problems"`
 		Opens    []openJSON      `json:"opens"`
-	}{1, rs != nil, append([]rules.Problem{}, problems...), []openJSON{}}
+		Unmet    []unmetJSON     `json:"unmet"` // [[expect]] tables that do not hold
+	}{1, rs != nil, append([]rules.Problem{}, problems...), []openJSON{}, []unmetJSON{}}
 	if rs != nil {
 		for i := range rs.Policy.Open {
 			out.Opens = append(out.Opens, opensOf(&rs.Policy.Open[i])...)
+		}
+		for _, f := range failing(rs) {
+			out.Unmet = append(out.Unmet, unmetJSON{f.pos.File, f.pos.Line, f.text})
+			out.OK = false
 		}
 	}
 	if err := writeJSON(e.stdout, out); err != nil {
 		return err
 	}
-	if rs == nil {
+	switch {
+	case rs == nil:
 		return silently(exitUsage)
+	case len(out.Unmet) > 0:
+		return silently(exitFindings)
 	}
 	return nil
+}
+
+type unmetJSON struct {
+	File string `json:"file"`
+	Line int    `json:"line"`
+	Text string `json:"text"`
 }
 
 func opensOf(o *rules.Open) []openJSON {

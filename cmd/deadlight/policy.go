@@ -7,6 +7,9 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"slices"
+	"time"
 
 	"deadlight/rules"
 )
@@ -46,12 +49,25 @@ func parsePolicy(file string) (rs *rules.Ruleset, problems []rules.Problem, err 
 		}
 		return nil, nil, usageError("", "read %s: %w", file, err)
 	}
-	p, problems := rules.Parse(file, src)
+	p, problems := rules.Parse(file, src, disk{})
 	if p == nil {
 		return nil, problems, nil
 	}
-	return rules.Compile(p), problems, nil
+	return rules.Compile(p), append(problems, p.Expired(time.Now())...), nil
 }
+
+// disk lets a policy read its includes and lists.
+type disk struct{}
+
+// Glob implements [rules.Files].
+func (disk) Glob(pattern string) ([]string, error) {
+	names, err := filepath.Glob(pattern)
+	slices.Sort(names)
+	return names, err
+}
+
+// ReadFile implements [rules.Files].
+func (disk) ReadFile(name string) ([]byte, error) { return os.ReadFile(name) }
 
 // writeJSON prints one documented object.
 func writeJSON(w io.Writer, v any) error {

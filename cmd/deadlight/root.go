@@ -51,11 +51,12 @@ touched), 3 refused or could not tell (ruleset as before), 130 interrupted.`,
 		&cobra.Group{ID: groupWatch, Title: "Watch and prove"},
 	)
 	root.AddCommand(
-		newCheckCommand(e), newShowCommand(e),
+		newCheckCommand(e), newExplainCommand(e), newShowCommand(e),
 		newTryCommand(e),
 		newApplyCommand(e), newRemoveCommand(e),
 		newVerifyCommand(e),
 		newVersionCommand(e),
+		newPolicyTopic(),
 	)
 	return root
 }

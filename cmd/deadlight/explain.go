@@ -1,0 +1,203 @@
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"deadlight/rules"
+)
+
+type explainFlags struct {
+	policy, from, to, in string
+	json                 bool
+}
+
+func newExplainCommand(e env) *cobra.Command {
+	var f explainFlags
+	c := &cobra.Command{
+		Use:     "explain PORT[/PROTOCOL]",
+		GroupID: groupWrite,
+		Short:   "Say what happens to a packet, by which rule, and which rules it missed",
+		Long: `Asks the policy what happens to the first packet of a connection: open, filtered
+or rejected, by which rule of which line, and which rules were near but missed.
+Open says that it is admitted, not that anybody listens. Without --from it comes
+from a stranger whom no rule names, without --in by an interface that none names.
+
+PROTOCOL is tcp unless named; without ports: explain esp.`,
+		Example: `  deadlight explain 22 --from 198.51.100.7
+  deadlight explain 53/udp --from 172.17.0.2 --in docker0 --policy ./policy.toml`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return usageError("deadlight explain 443/tcp", "name one port or protocol")
+			}
+			return nil
+		},
+		RunE: func(_ *cobra.Command, args []string) error { return explain(e, args[0], f) },
+	}
+	c.Flags().StringVar(&f.policy, "policy", defaultPolicy, "the policy to ask")
+	c.Flags().StringVar(&f.from, "from", "", "source address (default: a stranger)")
+	c.Flags().StringVar(&f.to, "to", "", "destination, one of this host's addresses (default: one that no rule names)")
+	c.Flags().StringVar(&f.in, "in", "", "interface by which the packet enters (default: one that no rule names)")
+	c.Flags().BoolVar(&f.json, "json", false, "print one JSON object")
+	return c
+}
+
+// explanation is the object of `explain --json`.
+type explanation struct {
+	Schema  int        `json:"schema"`
+	Verdict string     `json:"verdict"` // open, filtered or rejected
+	Rule    string     `json:"rule"`
+	File    string     `json:"file"`
+	Line    int        `json:"line"`
+	Reason  string     `json:"reason"`
+	Nearest []nearJSON `json:"nearest"`
+}
+
+type nearJSON struct {
+	Rule string `json:"rule"`
+	File string `json:"file"`
+	Line int    `json:"line"`
+	Why  string `json:"why"`
+}
+
+func explain(e env, what string, f explainFlags) error {
+	p, err := packetOf(what, f)
+	if err != nil {
+		return err
+	}
+	rs, err := readPolicy(e, f.policy, "nothing explained")
+	if err != nil {
+		return err
+	}
+	d := rs.Decide(p)
+	x := explanation{
+		Schema: 1, Verdict: d.Outcome.String(), Rule: d.Rule, File: d.Pos.File, Line: d.Pos.Line,
+		Reason: reason(rs, p, d), Nearest: []nearJSON{},
+	}
+	if d.Outcome != rules.OutcomeOpen {
+		for _, n := range rs.Nearest(p) {
+			x.Nearest = append(x.Nearest, nearJSON{n.Name, n.Pos.File, n.Pos.Line, n.Why})
+		}
+	}
+	if f.json {
+		return writeJSON(e.stdout, x)
+	}
+	printf(e.stdout, "%s: %s\n", x.Verdict, printable(x.Reason))
+	for _, n := range x.Nearest {
+		printf(e.stdout, "nearest: open %q (%s:%d) %s\n", n.Rule, printable(n.File), n.Line, printable(n.Why))
+	}
+	return nil
+}
+
+// reason says in words what decided.
+func reason(rs *rules.Ruleset, p rules.Packet, d rules.Decision) string {
+	at := ""
+	if d.Pos.Line > 0 {
+		at = fmt.Sprintf(" (%s:%d)", d.Pos.File, d.Pos.Line)
+	}
+	port := rules.PortName(p.Protocol, p.DstPort)
+	var s string
+	switch d.Kind {
+	case "open":
+		s = fmt.Sprintf("open %q%s admits %s", d.Rule, at, port)
+		if d.Limited {
+			s += ", within its limits"
+		}
+	case "block":
+		s = fmt.Sprintf("block %q%s", d.Rule, at)
+	case "default":
+		s = fmt.Sprintf("no [open.*] matches, the default is %s%s", rs.Policy.Default.Input, at)
+	case "echo":
+		s = "echo is answered" + at
+		if d.Limited {
+			s += ", within its rate"
+		}
+	case "dhcp":
+		s = "an answer to the DHCP client" + at
+	case "icmp":
+		s = "without such messages a host cannot speak IP"
+	default:
+		s = d.Kind
+	}
+	if d.Observed {
+		s += "; but enforce = false: it gets through and is counted"
+	}
+	return s
+}
+
+// packetOf makes the packet that a command line describes.
+func packetOf(what string, f explainFlags) (rules.Packet, error) {
+	p := rules.Packet{In: f.in, At: time.Now()}
+	const hint = "deadlight explain 443/tcp, 53/udp, esp"
+	port, proto, found := strings.Cut(what, "/")
+	if !found {
+		proto = "tcp"
+		if _, err := strconv.Atoi(port); err != nil {
+			port, proto = "", what
+		}
+	}
+	var ok bool
+	if p.Protocol, ok = rules.ProtocolByName(proto); !ok {
+		return p, usageError(hint, "not a protocol: %s", strconv.Quote(proto))
+	}
+	withPorts := slices.Contains([]rules.Protocol{rules.TCP, rules.UDP, rules.SCTP}, p.Protocol)
+	n, err := strconv.ParseUint(port, 10, 16)
+	switch {
+	case withPorts && (err != nil || n == 0):
+		return p, usageError(hint, "not a port: %s", strconv.Quote(what))
+	case !withPorts && port != "":
+		return p, usageError(hint, "%s has no ports", proto)
+	}
+	p.DstPort = uint16(n)
+	switch p.Protocol {
+	case rules.ICMPv4:
+		p.ICMPType = 8
+	case rules.ICMPv6:
+		p.ICMPType = 128
+	}
+	for _, a := range []struct {
+		flag, text string
+		into       *netip.Addr
+	}{{"--from", f.from, &p.Src}, {"--to", f.to, &p.Dst}} {
+		if a.text == "" {
+			continue
+		}
+		if *a.into, err = netip.ParseAddr(a.text); err != nil || a.into.Zone() != "" || a.into.Is4In6() {
+			return p, usageError("names are not resolved", "%s wants an address: %s", a.flag, strconv.Quote(a.text))
+		}
+	}
+	if p.Src.IsValid() && p.Dst.IsValid() && p.Src.Is4() != p.Dst.Is4() {
+		return p, usageError("", "--from and --to are of different families")
+	}
+	six := p.Protocol == rules.ICMPv6 || p.Src.Is6() || p.Dst.Is6()
+	if !p.Src.IsValid() {
+		p.Src = stranger(six)
+	}
+	if !p.Dst.IsValid() {
+		p.Dst = nowhere(six)
+	}
+	return p, nil
+}
+
+// stranger is an address that a packet may come from and that hardly any rule
+// names (RFC 5737, RFC 3849).
+func stranger(six bool) netip.Addr {
+	if six {
+		return netip.MustParseAddr("2001:db8:ffff:ffff::77")
+	}
+	return netip.MustParseAddr("203.0.113.251")
+}
+
+// nowhere stands for one of the host's addresses.
+func nowhere(six bool) netip.Addr {
+	if six {
+		return netip.MustParseAddr("2001:db8:ffff:fffe::77")
+	}
+	return netip.MustParseAddr("203.0.113.252")
+}
