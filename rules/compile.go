@@ -306,10 +306,7 @@ func segments(opens []Open, proto Protocol) []segment {
 	}
 	var edges []edge
 	for i, o := range opens {
-		if !slices.Contains(o.Protocols, proto) {
-			continue
-		}
-		for _, r := range o.Ports {
+		for _, r := range o.Ports(proto) {
 			edges = append(edges, edge{int(r.Lo), i, false}, edge{int(r.Hi) + 1, i, true})
 		}
 	}

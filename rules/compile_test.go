@@ -28,7 +28,7 @@ func TestCompile(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p, problems := Parse("policy.toml", ar.Files[0].Data)
+			p, problems := Parse("policy.toml", ar.Files[0].Data, nil)
 			if p == nil {
 				t.Fatalf("parse: %v", problems)
 			}
@@ -56,7 +56,7 @@ func TestCompile(t *testing.T) {
 
 func compileText(t testing.TB, text string) *Ruleset {
 	t.Helper()
-	p, problems := Parse("policy.toml", []byte("version = 1\n"+text))
+	p, problems := Parse("policy.toml", []byte("version = 1\n"+text), nil)
 	if p == nil {
 		t.Fatalf("parse: %v", problems)
 	}
