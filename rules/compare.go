@@ -35,31 +35,47 @@ func adminPorts() []adminPort {
 
 // compare warns of what only shows when rules and sets are seen together.
 func (d *draft) compare(r *reader) {
-	anyIPv6 := make([]bool, len(d.rules))
-	count := 0
-	for i, o := range d.rules {
-		if _, v6 := d.families(&o.Open); v6 && !o.From.Any && o.sound {
-			anyIPv6[i] = true
-			count++
-		}
-	}
-	for i, o := range d.rules {
-		if !o.sound {
-			continue
-		}
-		o.warnWorld(r)
-		others := count
-		if anyIPv6[i] {
-			others--
-		}
-		if v4, v6 := d.families(&o.Open); v4 && !v6 && o.Family == Both && others > 0 {
-			r.warnf(o.from, `add IPv6 sources, or write family = "ipv4"`, "%s opens nothing over IPv6: every source is IPv4", quote(o.Name))
+	d.warnFamilies(r)
+	for _, o := range d.opens {
+		if o.sound {
+			o.warnWorld(r)
 		}
 	}
 	d.warnCovered(r)
-	for _, name := range d.names {
+	if n := len(d.egress); n > 0 && d.Default.Output == Accept {
+		r.warnf(d.egress[0].table, `write output = "drop" in [default], or remove what has no effect`,
+			`[egress.*] has no effect: output in [default] is "accept"`)
+	}
+	if d.partial {
+		return // the file that could not be read may use them
+	}
+	for _, name := range d.setNames {
 		if s := d.sets[name]; s.sound && !s.used {
 			r.warnf(s.at, fmt.Sprintf("name it in from as %s, or remove it", quote("@"+name)), "set %s is not used", quote(name))
+		}
+	}
+	for _, name := range d.serviceNames {
+		if s := d.services[name]; !s.used && !s.broken {
+			r.warnf(s.at, fmt.Sprintf("name it as service = %s, or remove it", quote(name)), "service %s is not used", quote(name))
+		}
+	}
+}
+
+// warnFamilies warns of rules without IPv6 in a policy that has IPv6.
+func (d *draft) warnFamilies(r *reader) {
+	v4only := make([]bool, len(d.opens))
+	any6 := false
+	for i, o := range d.opens {
+		if !o.sound || o.From.Any {
+			continue
+		}
+		v4, v6 := d.families(&o.From)
+		v4only[i] = v4 && !v6 && o.Family == Both && o.To.Any
+		any6 = any6 || v6
+	}
+	for i, o := range d.opens {
+		if any6 && v4only[i] {
+			r.warnf(o.spot("from"), `add IPv6 sources, or write family = "ipv4"`, "%s opens nothing over IPv6: every source is IPv4", quote(o.Name))
 		}
 	}
 }
@@ -69,76 +85,114 @@ func (o *rule) warnWorld(r *reader) {
 	if !o.From.Any || len(o.Interfaces) > 0 {
 		return
 	}
+	hint := `name who may in from; if everyone may, write from = ["0.0.0.0/0", "::/0"]`
+	if o.Any {
+		r.warnf(o.spot("protocol"), hint, "open to the whole world: every port of every protocol")
+		return
+	}
 	var names []string
 	var at span
 	for _, a := range adminPorts() {
-		if !slices.Contains(o.Protocols, a.protocol) {
-			continue
-		}
-		i := slices.IndexFunc(o.ports, func(p placedPorts) bool { return p.Lo <= a.port && a.port <= p.Hi })
+		i := slices.IndexFunc(o.opened, func(t placedTraffic) bool { return t.protocol == a.protocol && t.Lo <= a.port && a.port <= t.Hi })
 		if i < 0 {
 			continue
 		}
 		if len(names) == 0 {
-			at = o.ports[i].at
+			at = o.opened[i].at
 		}
 		if n := fmt.Sprintf("%d (%s)", a.port, a.name); !slices.Contains(names, n) {
 			names = append(names, n)
 		}
 	}
 	if len(names) > 0 {
-		r.warnf(at, `name who may in from; if everyone may, write from = ["0.0.0.0/0", "::/0"]`,
-			"open to the whole world: %s", strings.Join(names, ", "))
+		r.warnf(at, hint, "open to the whole world: %s", strings.Join(names, ", "))
 	}
 }
 
-// warnCovered warns of rules that open nothing of their own.
+// warnCovered warns of rules that do nothing of their own.
 func (d *draft) warnCovered(r *reader) {
-	var rules []*rule
-	var scopes []scope
-	for _, o := range d.rules {
-		if o.sound {
-			rules = append(rules, o)
-			scopes = append(scopes, d.scope(o))
+	opens, scopes := d.scopes(d.opens)
+	for i, by := range covering(scopes) {
+		if by < 0 {
+			continue
 		}
+		o, wide := opens[i], opens[by]
+		what, key := "rate", "rate"
+		if o.Rate == nil {
+			what, key = "limit of connections", "connections"
+		}
+		if o.Rate != nil || o.Connections > 0 {
+			r.warnf(o.spot(key), fmt.Sprintf("remove it, or narrow %s", quote(wide.Name)),
+				"the %s of %s has no effect: %s (%s) admits the same without one", what, quote(o.Name), quote(wide.Name), o.whereIs(wide))
+			continue
+		}
+		r.warnf(o.table, fmt.Sprintf("remove it, or narrow %s", quote(wide.Name)),
+			"%s is wholly covered by %s (%s)", quote(o.Name), quote(wide.Name), o.whereIs(wide))
 	}
+
+	// Blocks cover each other and opens; opens cover no block.
+	blocks, blocking := d.scopes(d.blocks)
+	for i := range scopes {
+		scopes[i].limited = true
+	}
+	all := slices.Concat(opens, blocks)
+	for i, by := range covering(slices.Concat(scopes, blocking)) {
+		if by < 0 {
+			continue
+		}
+		o, wide := all[i], all[by]
+		if o.kind == "open" {
+			r.warnf(o.table, fmt.Sprintf("remove it, or narrow %s", wide.title()), "%s admits nobody: %s (%s) wins over it", quote(o.Name), wide.title(), o.whereIs(wide))
+			continue
+		}
+		r.warnf(o.table, fmt.Sprintf("remove it, or narrow %s", wide.title()), "%s is wholly covered by %s (%s)", o.title(), wide.title(), o.whereIs(wide))
+	}
+
+	egress, scopes := d.scopes(d.egress)
 	for i, by := range covering(scopes) {
 		if by >= 0 {
-			o := rules[by]
-			r.warnf(rules[i].table, fmt.Sprintf("remove it, or narrow %s", quote(o.Name)),
-				"%s is wholly covered by %s (line %d)", quote(rules[i].Name), quote(o.Name), o.Pos.Line)
+			o, wide := egress[i], egress[by]
+			r.warnf(o.table, fmt.Sprintf("remove it, or narrow %s", wide.title()), "%s is wholly covered by %s (%s)", o.title(), wide.title(), o.whereIs(wide))
 		}
 	}
 }
 
-// scope gives what a rule admits.
+// whereIs says where another rule stands, seen from o.
+func (o *rule) whereIs(other *rule) string {
+	if o.Pos.File == other.Pos.File {
+		return fmt.Sprintf("line %d", other.Pos.Line)
+	}
+	return fmt.Sprintf("%s:%d", printable(other.Pos.File), other.Pos.Line)
+}
+
+// scopes gives what sound rules are about.
+func (d *draft) scopes(rules []*rule) ([]*rule, []scope) {
+	var sound []*rule
+	var out []scope
+	for _, o := range rules {
+		if o.sound {
+			sound, out = append(sound, o), append(out, d.scope(o))
+		}
+	}
+	return sound, out
+}
+
+// scope gives what a rule is about.
 func (d *draft) scope(o *rule) scope {
-	s := scope{protocols: o.Protocols, ports: o.Ports, interfaces: o.Interfaces}
-	add := func(ranges []AddrRange) {
-		// IPv4 stands first, so that a family is a part of the slice.
-		split, _ := slices.BinarySearchFunc(ranges, true, func(a AddrRange, _ bool) int {
-			if a.Lo.Is4() {
-				return -1
-			}
-			return 1
-		})
-		for _, part := range [][]AddrRange{ranges[:split], ranges[split:]} {
-			if len(part) > 0 && o.Family.Has(part[0].Lo.Is4()) {
-				s.sources = append(s.sources, part)
-			}
+	s := scope{traffic: trafficKeys(&o.Traffic), interfaces: o.Interfaces, until: o.Expires, limited: o.Rate != nil || o.Connections > 0}
+	sources, to := &o.From, &o.To
+	if o.kind == "egress" {
+		sources, to = to, sources
+		if o.user+o.group != "" {
+			s.owner = o.user + ":" + o.group // neither holds a colon
 		}
 	}
-	if o.From.Any {
-		add(everywhere())
-		return s
+	sure, sure2, sure3 := true, true, true
+	s.sources, sure = d.parts(sources, o.Family)
+	s.except, sure2 = d.parts(&o.Except, o.Family)
+	if !to.Any {
+		s.to, sure3 = d.parts(to, o.Family)
 	}
-	add(o.From.Ranges)
-	for _, name := range o.From.Sets {
-		if set := d.sets[name]; set.sound {
-			add(set.Ranges)
-		} else {
-			s.unsure = true
-		}
-	}
+	s.unsure = !(sure && sure2 && sure3)
 	return s
 }

@@ -6,18 +6,48 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"time"
 )
 
-// Which rules admit nothing that another does not admit too. Ten thousand rules
-// are compared, so candidates are looked up, not tried in turn.
+// Which rules say nothing that another does not say too. Ten thousand rules are
+// compared, so candidates are looked up, not tried in turn.
 
-// scope is what a rule admits.
+// scope is the traffic that a rule is about.
 type scope struct {
-	protocols  []Protocol
-	ports      []PortRange
+	traffic    []keyRange // protocols and ports, merged and ascending
 	interfaces []string
-	sources    [][]AddrRange // each of one family, merged and ascending
-	unsure     bool          // sources are not all known
+	sources    [][]AddrRange // each of one family, merged and ascending; of an [egress.*] the far ends
+	except     [][]AddrRange // taken from sources, likewise
+	to         [][]AddrRange // likewise; nil: every address of the host
+	owner      string        // "" is any
+	until      time.Time     // zero: forever
+	limited    bool          // by a rate or a number: it can be covered, but covers nothing
+	unsure     bool          // its addresses are not all known
+}
+
+// keyRange is a range of ports of a protocol: the protocol stands in the high
+// half of a key.
+type keyRange struct{ lo, hi uint32 }
+
+func keys(p Protocol, r PortRange) keyRange {
+	return keyRange{uint32(p)<<16 | uint32(r.Lo), uint32(p)<<16 | uint32(r.Hi)}
+}
+
+// trafficKeys gives the keys of what a rule names.
+func trafficKeys(t *Traffic) []keyRange {
+	if t.Any {
+		return []keyRange{{0, 1<<24 - 1}}
+	}
+	var out []keyRange
+	for _, on := range t.On {
+		if len(on.Ports) == 0 {
+			out = append(out, keys(on.Protocol, PortRange{0, 65535}))
+		}
+		for _, r := range on.Ports {
+			out = append(out, keys(on.Protocol, r))
+		}
+	}
+	return out
 }
 
 func everywhere() []AddrRange {
@@ -30,7 +60,7 @@ func everywhere() []AddrRange {
 // everyone reports whether no address of any family is left out.
 func (s *scope) everyone() bool {
 	all := everywhere()
-	return s.coversSource(all[0]) && s.coversSource(all[1])
+	return contains(s.sources, all[0]) && contains(s.sources, all[1])
 }
 
 // effort bounds the comparisons: in a file made to be slow, some covered rules
@@ -41,8 +71,8 @@ const effort = 3_000_000
 // scopes that are equal, an earlier one covers the later ones.
 func covering(scopes []scope) []int {
 	// Rules open to everyone are told apart by port, the others by port or source.
-	wide := &tree[uint16]{}
-	ports := &tree[uint16]{}
+	wide := &tree[uint32]{}
+	ports := &tree[uint32]{}
 	sources := &tree[netip.Addr]{}
 	for i := range scopes {
 		s := &scopes[i]
@@ -50,8 +80,11 @@ func covering(scopes []scope) []int {
 		if s.everyone() {
 			byPort = wide
 		}
-		for _, p := range s.ports {
-			byPort.add(p.Lo, p.Hi, i)
+		if s.limited {
+			continue
+		}
+		for _, k := range s.traffic {
+			byPort.add(k.lo, k.hi, i)
 		}
 		if byPort == wide {
 			continue
@@ -60,8 +93,8 @@ func covering(scopes []scope) []int {
 			sources.add(part[0].Lo, part[len(part)-1].Hi, i)
 		}
 	}
-	wide.build(cmp.Compare[uint16])
-	ports.build(cmp.Compare[uint16])
+	wide.build(cmp.Compare[uint32])
+	ports.build(cmp.Compare[uint32])
 	sources.build(netip.Addr.Compare)
 
 	out := make([]int, len(scopes))
@@ -69,7 +102,7 @@ func covering(scopes []scope) []int {
 	for i := range scopes {
 		out[i] = -1
 		a := &scopes[i]
-		if a.unsure || len(a.sources) == 0 || left < 0 {
+		if a.unsure || len(a.sources) == 0 || len(a.traffic) == 0 || left < 0 {
 			continue
 		}
 		// The first that covers will do, so that a thousand twins are no work.
@@ -80,8 +113,8 @@ func covering(scopes []scope) []int {
 			}
 			return out[i] < 0 && left > 0
 		}
-		if wide.visit(a.ports[0].Lo, try) {
-			for _, j := range fewest(ports, a.ports[0].Lo, sources, a.sources[0][0].Lo, left) {
+		if wide.visit(a.traffic[0].lo, try) {
+			for _, j := range fewest(ports, a.traffic[0].lo, sources, a.sources[0][0].Lo, left) {
 				if !try(j) {
 					break
 				}
@@ -92,7 +125,7 @@ func covering(scopes []scope) []int {
 }
 
 // fewest looks up both keys and gives the shorter of the two answers.
-func fewest(ports *tree[uint16], port uint16, sources *tree[netip.Addr], source netip.Addr, limit int) []int {
+func fewest(ports *tree[uint32], port uint32, sources *tree[netip.Addr], source netip.Addr, limit int) []int {
 	for most := 64; ; most *= 4 {
 		if found := ports.find(port, most); len(found) < most || most > limit {
 			return found
@@ -103,17 +136,16 @@ func fewest(ports *tree[uint16], port uint16, sources *tree[netip.Addr], source 
 	}
 }
 
-// covers reports whether s admits all that a admits.
+// covers reports whether s is about all that a is about.
 func (s *scope) covers(a *scope, left *int) bool {
-	for _, p := range a.protocols {
-		if !slices.Contains(s.protocols, p) {
-			return false
-		}
+	if s.limited || s.owner != "" && s.owner != a.owner ||
+		!s.until.IsZero() && (a.until.IsZero() || s.until.Before(a.until)) {
+		return false
 	}
-	for _, p := range a.ports {
+	for _, k := range a.traffic {
 		*left--
-		i := sort.Search(len(s.ports), func(i int) bool { return s.ports[i].Hi >= p.Lo })
-		if i == len(s.ports) || s.ports[i].Lo > p.Lo || p.Hi > s.ports[i].Hi {
+		i := sort.Search(len(s.traffic), func(i int) bool { return s.traffic[i].hi >= k.lo })
+		if i == len(s.traffic) || s.traffic[i].lo > k.lo || k.hi > s.traffic[i].hi {
 			return false
 		}
 	}
@@ -121,9 +153,29 @@ func (s *scope) covers(a *scope, left *int) bool {
 	if *left < 0 || !coverInterfaces(s.interfaces, a.interfaces) {
 		return false
 	}
-	for _, part := range a.sources {
+	if s.to != nil && (a.to == nil || !coversAll(s.to, a.to, left)) {
+		return false
+	}
+	if !coversAll(s.sources, a.sources, left) {
+		return false
+	}
+	// What s leaves out must be out of a as well.
+	for _, part := range s.except {
 		for _, r := range part {
-			if *left -= len(s.sources); *left < 0 || !s.coversSource(r) {
+			if *left--; *left < 0 || overlap(a.sources, r) && !contains(a.except, r) {
+				return false
+			}
+		}
+	}
+	return *left >= 0 && !(s.unsure && len(s.except) > 0)
+}
+
+// coversAll reports whether every range of a lies in a range of s. It gives up
+// when its effort is spent.
+func coversAll(s, a [][]AddrRange, left *int) bool {
+	for _, part := range a {
+		for _, r := range part {
+			if *left -= len(s); *left < 0 || !contains(s, r) {
 				return false
 			}
 		}
@@ -131,11 +183,22 @@ func (s *scope) covers(a *scope, left *int) bool {
 	return true
 }
 
-// coversSource reports whether one part of the sources holds all of r.
-func (s *scope) coversSource(r AddrRange) bool {
-	for _, part := range s.sources {
+// contains reports whether one of the parts holds all of r in one range.
+func contains(parts [][]AddrRange, r AddrRange) bool {
+	for _, part := range parts {
 		i := sort.Search(len(part), func(i int) bool { return part[i].Hi.Compare(r.Lo) >= 0 })
 		if i < len(part) && part[i].Contains(r.Lo) && part[i].Contains(r.Hi) {
+			return true
+		}
+	}
+	return false
+}
+
+// overlap reports whether one of the parts holds some of r.
+func overlap(parts [][]AddrRange, r AddrRange) bool {
+	for _, part := range parts {
+		i := sort.Search(len(part), func(i int) bool { return part[i].Hi.Compare(r.Lo) >= 0 })
+		if i < len(part) && part[i].Lo.Is4() == r.Lo.Is4() && part[i].Lo.Compare(r.Hi) <= 0 {
 			return true
 		}
 	}

@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -35,6 +36,15 @@ func (r *Ruleset) Nearest(p Packet) []Near {
 		}
 	}
 	return out[:min(len(out), most)]
+}
+
+// ParsePort reads "443/tcp", or the name or number of a protocol without ports.
+func ParsePort(s string) (Protocol, uint16, error) {
+	p, port, bad := parseExpectPort(s)
+	if bad != nil {
+		return 0, 0, errors.New(bad.summary)
+	}
+	return p, port, nil
 }
 
 func inPorts(ranges []PortRange, port uint16) bool {

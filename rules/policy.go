@@ -39,6 +39,8 @@ type Policy struct {
 	Failsafe  *Failsafe // nil: none
 	Verify    Verify
 	Expect    []Expect // in file order
+
+	expiries []expiry // in file order, for Expired
 }
 
 // Action is what happens to a packet that no rule admits.

@@ -60,7 +60,7 @@ func notPorts(s string) *complaint {
 	case strings.Trim(s, "0123456789") == "":
 		c.hint = "write it without leading zeros"
 	case strings.IndexFunc(s, unicode.IsLetter) >= 0:
-		c.hint = "names of services are not supported by this version; write the number, like 443"
+		c.hint = "names of services stand in service, as in service = \"https\""
 	}
 	return c
 }

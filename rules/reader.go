@@ -15,33 +15,45 @@ type complaint struct{ summary, hint string }
 type finding struct {
 	severity Severity
 	at       span
+	list     *listLine // of a list of addresses, instead of at
 	complaint
 }
 
-// reader collects what is found in a document.
-type reader struct {
-	file    string
-	src     []byte
-	lines   lines
-	found   []finding
-	errors  int // found, also beyond maxFound
-	dropped int // found beyond maxFound
-	guesses int // how many near misses may still be weighed
+// listLine is a place in a list of addresses, which no span knows.
+type listLine struct {
+	file string
+	place
 }
 
-func newReader(file string, src []byte) *reader {
-	return &reader{file: file, src: src, lines: newLines(src), guesses: 1_000_000}
+// reader collects what is found in the files of a policy.
+type reader struct {
+	files    Files // nil: there are none
+	docs     []*document
+	homes    map[string]string // where a key belongs, for those that stand elsewhere
+	services map[string][]ProtoPorts
+	found    []finding
+	errors   int // found, also beyond maxFound
+	dropped  int // found beyond maxFound
+	guesses  int // how many near misses may still be weighed
+}
+
+func newReader(files Files) *reader {
+	return &reader{files: files, homes: homes(), guesses: 1_000_000}
 }
 
 func (r *reader) report(s Severity, at span, c complaint) {
-	if s == Error {
+	r.note(finding{severity: s, at: at, complaint: c})
+}
+
+func (r *reader) note(f finding) {
+	if f.severity == Error {
 		r.errors++
 	}
 	if len(r.found) >= maxFound {
 		r.dropped++
 		return
 	}
-	r.found = append(r.found, finding{s, at, c})
+	r.found = append(r.found, f)
 }
 
 func (r *reader) errorf(at span, hint, format string, args ...any) {
@@ -52,23 +64,25 @@ func (r *reader) warnf(at span, hint, format string, args ...any) {
 	r.report(Warning, at, complaint{fmt.Sprintf(format, args...), hint})
 }
 
-// pos gives the place of a span in the file.
-func (r *reader) pos(s span) Pos {
-	p := r.lines.at(s)
-	return Pos{r.file, p.line, p.column}
-}
-
-// problems gives all that was found, in file order.
+// problems gives all that was found, in the order of the files and of their lines.
 func (r *reader) problems() []Problem {
-	sort.SliceStable(r.found, func(i, j int) bool { return r.found[i].at.start < r.found[j].at.start })
+	sort.SliceStable(r.found, func(i, j int) bool {
+		a, b := r.found[i], r.found[j]
+		// Lists were read last, each from its start.
+		return b.list != nil && a.list == nil || a.list == nil && a.at.start < b.at.start
+	})
 	var out []Problem
 	for _, f := range r.found {
-		p := r.lines.at(f.at)
+		at := f.list
+		if at == nil {
+			file, p := r.locate(f.at)
+			at = &listLine{file, p}
+		}
 		out = append(out, Problem{
 			Severity: f.severity,
-			Pos:      Pos{r.file, p.line, p.column},
-			Width:    p.width,
-			Line:     p.text,
+			Pos:      Pos{at.file, at.line, at.column},
+			Width:    at.width,
+			Line:     at.text,
 			Summary:  f.summary,
 			Hint:     f.hint,
 		})
@@ -204,12 +218,31 @@ func (r *reader) boolean(v named) (bool, bool) {
 	return b, ok
 }
 
-// word complains of a string that is none of the words that may stand there.
-func (r *reader) word(at span, name, got string, words, later []string) {
-	if slices.Contains(later, got) {
-		r.errorf(at, "use "+alternatives(words), "%s %s is not supported by this version", name, quote(got))
-		return
+// integer gives a whole number of a range.
+func (r *reader) integer(v named, least, most int64) (int64, bool) {
+	n, ok := v.v.(int64)
+	switch {
+	case !ok:
+		r.errorf(v.span(), "", "%s must be a whole number, not %s", v.name, v.kind())
+	case n < least || n > most:
+		r.errorf(v.span(), fmt.Sprintf("%s runs from %d to %d", v.name, least, most), "%s %d is out of range", v.name, n)
+		return 0, false
 	}
+	return n, ok
+}
+
+// oneOf gives a string that must be one of a few words.
+func (r *reader) oneOf(v named, words ...string) string {
+	s, ok := r.str(v)
+	if ok && !slices.Contains(words, s) {
+		r.word(v.span(), v.name, s, words)
+		return ""
+	}
+	return s
+}
+
+// word complains of a string that is none of the words that may stand there.
+func (r *reader) word(at span, name, got string, words []string) {
 	hint := "use " + alternatives(words)
 	if near := r.nearest(got, words); near != "" {
 		hint = "did you mean " + quote(near) + "?"

@@ -8,9 +8,10 @@ import (
 
 // scan says where every key and value of a TOML document stands. It trusts that
 // the TOML library has accepted the document; of any other it reads as much as
-// it understands, and never fails.
-func scan(src []byte) *scanner {
-	s := &scanner{src: src, root: &node{}}
+// it understands, and never fails. Its spans count from base.
+func scan(src []byte, base int32) *scanner {
+	start := span{base, base}
+	s := &scanner{src: src, base: base, root: &node{key: start, value: start}}
 	s.table = s.root
 	for !s.broken && s.skip() {
 		if s.peek() == '[' {
@@ -24,6 +25,7 @@ func scan(src []byte) *scanner {
 
 type scanner struct {
 	src    []byte
+	base   int32
 	pos    int
 	root   *node
 	table  *node // the one that keys go to
@@ -61,7 +63,7 @@ func (s *scanner) expect(text string) {
 	s.pos += len(text)
 }
 
-func (s *scanner) since(start int) span { return span{int32(start), int32(s.pos)} }
+func (s *scanner) since(start int) span { return span{s.base + int32(start), s.base + int32(s.pos)} }
 
 // blanks steps over spaces and tabs.
 func (s *scanner) blanks() {

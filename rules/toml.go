@@ -10,38 +10,6 @@ import (
 	"github.com/BurntSushi/toml"
 )
 
-// Limits that keep a hostile file from costing more than its size.
-const (
-	maxSize    = 64 << 20
-	maxNesting = 16   // brackets within brackets, and parts of a dotted key
-	maxWord    = 4096 // bytes of a string, a key or a number
-	maxFound   = 1000 // problems reported in full
-)
-
-// Parse reads a policy. file is only a name for messages. The Policy is nil if
-// any of the problems is an error; the problems stand in file order.
-func Parse(file string, src []byte) (*Policy, []Problem) {
-	if len(src) > maxSize {
-		return nil, []Problem{{
-			Pos:     Pos{file, 1, 1},
-			Width:   1,
-			Summary: fmt.Sprintf("file is larger than %d MiB", maxSize>>20),
-			Hint:    "a policy of 10,000 rules takes about 1 MiB: is this the right file?",
-		}}
-	}
-	r := newReader(file, withoutBOM(src))
-	root, ok := r.decode()
-	if !ok {
-		return nil, r.problems()
-	}
-	p := r.policy(root)
-	problems := r.problems()
-	if r.errors > 0 {
-		return nil, problems
-	}
-	return p, problems
-}
-
 // withoutBOM drops the byte order mark that some editors write.
 func withoutBOM(src []byte) []byte {
 	const bom = "\xef\xbb\xbf"
@@ -51,30 +19,30 @@ func withoutBOM(src []byte) []byte {
 	return src
 }
 
-// decode gives the tree of the document, with the place of everything in it.
-func (r *reader) decode() (value, bool) {
-	if at, c, ok := findUnreadable(r.src); ok {
-		r.report(Error, at, c)
+// decode gives the tree of a document, with the place of everything in it.
+func (r *reader) decode(d *document) (value, bool) {
+	if at, c, ok := findUnreadable(d.src); ok {
+		r.report(Error, d.shift(at), c)
 		return value{}, false
 	}
-	if at, c, ok := findExcess(r.src); ok {
-		r.report(Error, at, c)
+	if at, c, ok := findExcess(d.src); ok {
+		r.report(Error, d.shift(at), c)
 		return value{}, false
 	}
-	tree, err := decodeTOML(r.src)
+	tree, err := decodeTOML(d.src)
 	if err != nil {
-		at, c := r.syntax(err)
-		r.report(Error, at, c)
+		at, c := d.syntax(err)
+		r.report(Error, d.shift(at), c)
 		return value{}, false
 	}
-	s := scan(r.src)
+	s := scan(d.src, d.base)
 	if s.empty != (span{}) {
 		r.report(Error, s.empty, complaint{"key is empty", "remove it"})
 		return value{}, false
 	}
 	if s.again != (span{}) {
-		at, c := r.twice(s.again)
-		r.report(Error, at, c)
+		at, c := d.twice(span{})
+		r.report(Error, d.shift(at), c)
 		return value{}, false
 	}
 	return value{v: tree, at: s.root}, true
@@ -159,26 +127,26 @@ func findExcess(src []byte) (span, complaint, bool) {
 }
 
 // syntax puts an error of the TOML library into our words.
-func (r *reader) syntax(err error) (span, complaint) {
+func (d *document) syntax(err error) (span, complaint) {
 	var pe toml.ParseError
 	if !errors.As(err, &pe) {
 		return span{}, complaint{printable(err.Error()), "please report this file as a bug"}
 	}
-	size := int32(len(r.src))
+	size := int32(len(d.src))
 	at := span{int32(pe.Position.Start), int32(pe.Position.Start + max(1, pe.Position.Len))}
 	at.start = min(max(at.start, 0), size)
 	at.end = min(max(at.end, at.start), size)
 
-	for at.start+1 < at.end && (r.src[at.start] == ' ' || r.src[at.start] == '\t') {
+	for at.start+1 < at.end && (d.src[at.start] == ' ' || d.src[at.start] == '\t') {
 		at.start++
 	}
 
 	message := strings.TrimSuffix(pe.Message, ".")
 	if strings.Contains(message, "already been defined") || strings.Contains(message, "was already created") {
-		return r.twice(at)
+		return d.twice(at)
 	}
-	if at, ok := r.unquoted(at); ok {
-		word := at.text(r.src)
+	if at, ok := d.unquoted(at); ok {
+		word := at.text(d.src)
 		c := complaint{"text without quotes: " + printable(cut(word)), "did you mean " + quote(word) + "?"}
 		if cut(word) != word {
 			c.hint = "put quotes around it"
@@ -197,14 +165,14 @@ func (r *reader) syntax(err error) (span, complaint) {
 }
 
 // twice explains a key or table that is defined twice.
-func (r *reader) twice(at span) (span, complaint) {
+func (d *document) twice(at span) (span, complaint) {
 	c := complaint{hint: "remove one"}
-	if s := scan(r.src); s.again != (span{}) {
+	if s := scan(d.src, 0); s.again != (span{}) {
 		at = s.again
-		c.hint = fmt.Sprintf("first defined at line %d: remove one", r.lines.at(s.first).line)
+		c.hint = fmt.Sprintf("first defined at line %d: remove one", d.lines.at(s.first).line)
 	}
-	c.summary = printable(cut(at.text(r.src))) + " is defined twice"
-	if strings.HasPrefix(strings.TrimLeft(r.lines.at(at).text, " \t"), "[") {
+	c.summary = printable(cut(at.text(d.src))) + " is defined twice"
+	if strings.HasPrefix(strings.TrimLeft(d.lines.at(at).text, " \t"), "[") {
 		c.hint += ", or give it another name"
 	}
 	return at, c
@@ -240,16 +208,16 @@ func plainWords() []struct {
 
 // unquoted finds the word at a syntax error, if it stands where a value is due
 // and could be meant as text: an address, a range of ports, a name.
-func (r *reader) unquoted(at span) (span, bool) {
+func (d *document) unquoted(at span) (span, bool) {
 	const ends = " \t\r\n,=[]{}#\"'"
 	start, end := int(at.start), int(at.start)
-	for start > 0 && strings.IndexByte(ends, r.src[start-1]) < 0 {
+	for start > 0 && strings.IndexByte(ends, d.src[start-1]) < 0 {
 		start--
 	}
-	for end < len(r.src) && strings.IndexByte(ends, r.src[end]) < 0 {
+	for end < len(d.src) && strings.IndexByte(ends, d.src[end]) < 0 {
 		end++
 	}
-	before := bytes.TrimRight(r.src[:start], " \t")
+	before := bytes.TrimRight(d.src[:start], " \t")
 	if start == end || len(before) == 0 || strings.IndexByte("=,[", before[len(before)-1]) < 0 {
 		return span{}, false
 	}
@@ -258,7 +226,7 @@ func (r *reader) unquoted(at span) (span, bool) {
 	if bytes.HasPrefix(bytes.TrimLeft(line, " \t"), []byte("[")) && !bytes.ContainsRune(line, '=') {
 		return span{}, false
 	}
-	word := string(r.src[start:end])
+	word := string(d.src[start:end])
 	if strings.Trim(word, "0123456789_+-") == "" && !strings.Contains(strings.TrimLeft(word, "+-"), "-") {
 		return span{}, false
 	}

@@ -3,9 +3,7 @@ package main
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -135,26 +133,13 @@ func reason(rs *rules.Ruleset, p rules.Packet, d rules.Decision) string {
 func packetOf(what string, f explainFlags) (rules.Packet, error) {
 	p := rules.Packet{In: f.in, At: time.Now()}
 	const hint = "deadlight explain 443/tcp, 53/udp, esp"
-	port, proto, found := strings.Cut(what, "/")
-	if !found {
-		proto = "tcp"
-		if _, err := strconv.Atoi(port); err != nil {
-			port, proto = "", what
-		}
+	if _, err := strconv.Atoi(what); err == nil {
+		what += "/tcp"
 	}
-	var ok bool
-	if p.Protocol, ok = rules.ProtocolByName(proto); !ok {
-		return p, usageError(hint, "not a protocol: %s", strconv.Quote(proto))
+	var err error
+	if p.Protocol, p.DstPort, err = rules.ParsePort(what); err != nil {
+		return p, usageError(hint, "%w", err)
 	}
-	withPorts := slices.Contains([]rules.Protocol{rules.TCP, rules.UDP, rules.SCTP}, p.Protocol)
-	n, err := strconv.ParseUint(port, 10, 16)
-	switch {
-	case withPorts && (err != nil || n == 0):
-		return p, usageError(hint, "not a port: %s", strconv.Quote(what))
-	case !withPorts && port != "":
-		return p, usageError(hint, "%s has no ports", proto)
-	}
-	p.DstPort = uint16(n)
 	switch p.Protocol {
 	case rules.ICMPv4:
 		p.ICMPType = 8
