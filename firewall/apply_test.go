@@ -32,7 +32,7 @@ func mustApply(t *testing.T, c *Conn, rs *rules.Ruleset) Result {
 func TestApplyIsIdempotent(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		c := dial(t)
-		for _, text := range []string{everything, little, "", everything} {
+		for _, text := range []string{everything, little, "", others, observed, everything} {
 			first := mustApply(t, c, ruleset(t, text))
 			if len(first.Changed) == 0 {
 				t.Errorf("apply of another policy reported no change")
@@ -48,12 +48,16 @@ func TestApplyIsIdempotent(t *testing.T) {
 // The netlink encoder and the nft text are two ways to the same table; nft
 // itself is the judge.
 func TestShowLoadsTheSameTable(t *testing.T) {
-	for name, text := range map[string]string{"everything": everything, "little": little, "empty": ""} {
+	for name, text := range map[string]string{"everything": everything, "little": little, "empty": "", "others": others, "observed": observed} {
 		t.Run(name, func(t *testing.T) {
 			inNamespace(t, func(t *testing.T) {
 				rs := ruleset(t, text)
 				mustApply(t, dial(t), rs)
-				ours := listTable(t)
+				ours := blocks(t)
+				relisted := filepath.Join(t.TempDir(), "list.nft")
+				if err := os.WriteFile(relisted, []byte(listTable(t)), 0o600); err != nil {
+					t.Fatal(err)
+				}
 				var b bytes.Buffer
 				if err := rs.Table.WriteNFT(&b, time.Now()); err != nil {
 					t.Fatal(err)
@@ -64,12 +68,8 @@ func TestShowLoadsTheSameTable(t *testing.T) {
 				}
 				nft(t, "-c", "-f", file)
 				nft(t, "-f", file)
-				if d := cmp.Diff(ours, listTable(t)); d != "" {
+				if d := cmp.Diff(ours, blocks(t)); d != "" {
 					t.Errorf("netlink (-) and nft text (+) differ:\n%s", d)
-				}
-				relisted := filepath.Join(t.TempDir(), "list.nft")
-				if err := os.WriteFile(relisted, []byte(ours), 0o600); err != nil {
-					t.Fatal(err)
 				}
 				nft(t, "delete", "table", "inet", "deadlight")
 				nft(t, "-f", relisted) // what nft lists loads again
@@ -153,10 +153,10 @@ func TestApplyRepairsTampering(t *testing.T) {
 				c := dial(t)
 				rs := ruleset(t, everything)
 				mustApply(t, c, rs)
-				want := listTable(t)
+				want := blocks(t)
 				nft(t, command)
 				if name != "dormant" && name != "ruleset flushed" && name != "table deleted" {
-					if got := listTable(t); got == want {
+					if got := blocks(t); got == want {
 						t.Fatalf("the tampering did nothing")
 					}
 				}
@@ -164,7 +164,7 @@ func TestApplyRepairsTampering(t *testing.T) {
 				if len(res.Changed) == 0 {
 					t.Errorf("not noticed")
 				}
-				if d := cmp.Diff(want, listTable(t)); d != "" {
+				if d := cmp.Diff(want, blocks(t)); d != "" {
 					t.Errorf("not repaired:\n%s", d)
 				}
 			})

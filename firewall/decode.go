@@ -234,6 +234,8 @@ func exprShape(name string) shape {
 		return shape{unix.NFTA_BITWISE_MASK: dataShape(), unix.NFTA_BITWISE_XOR: dataShape()}
 	case "immediate":
 		return shape{unix.NFTA_IMMEDIATE_DATA: dataShape()}
+	case "dynset":
+		return shape{unix.NFTA_DYNSET_EXPR: {unix.NFTA_EXPR_DATA: {}}}
 	}
 	return nil
 }

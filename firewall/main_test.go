@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -77,6 +79,18 @@ func listTable(t *testing.T) string {
 	return nft(t, "list", "table", "inet", "deadlight")
 }
 
+// blocks is the table with its sets, chains and counters in order of name: a
+// meter that stays keeps its old place.
+func blocks(t *testing.T) string {
+	t.Helper()
+	parts := strings.Split(timeout.ReplaceAllString(listTable(t), ""), "\n\t}\n")
+	slices.Sort(parts)
+	return strings.Join(parts, "\n\t}\n")
+}
+
+// timeout is what runs down while we look.
+var timeout = regexp.MustCompile(` timeout \S+ expires \S+?(,| )`)
+
 // ruleset compiles a policy given as text.
 func ruleset(t testing.TB, text string) *rules.Ruleset {
 	t.Helper()
@@ -93,6 +107,7 @@ func ruleset(t testing.TB, text string) *rules.Ruleset {
 const everything = `
 [default]
 input = "reject"
+output = "drop"
 [open.web]
 ports = [80, 443, "65000-65535"]
 protocol = ["tcp", "udp"]
@@ -114,7 +129,70 @@ from = "2001:db8:6::/64"
 addresses = ["198.51.100.7", "2001:db8::/48"]
 [dhcp]
 client = ["eth0"]
+[open.limited]
+ports = 2222
+rate = { limit = "10/minute", burst = 5, per = "source" }
+connections = 3
+log = true
+[open.together]
+ports = [8080]
+rate = { limit = "1000/second", burst = 100, per = "rule" }
+[open.vendors]
+ports = 9000
+from = "203.0.113.0/24"
+except = ["203.0.113.66", "@admins"]
+to = ["198.51.100.4", "2001:db8::4"]
+expires = 2099-01-31T00:00:00Z
+[open.vpn]
+protocol = "any"
+interfaces = ["wg1", "vpn*"]
+[open.ipsec]
+protocol = ["esp", "ah"]
+from = "192.0.2.0/24"
+[open.diameter]
+ports = 3868
+protocol = ["tcp", "sctp"]
+[block.scanners]
+from = "@bad"
+log = true
+[block.smtp]
+ports = 25
+except = "10.0.0.0/8"
+[egress.dns]
+ports = 53
+protocol = ["udp", "tcp"]
+to = "@resolvers"
+[egress.updates]
+ports = [80, 443]
+user = "root"
+group = "root"
+[set.resolvers]
+addresses = ["192.0.2.53"]
+[set.bad]
+addresses = ["203.0.113.0/25", "2001:db8:bad::/48"]
+[icmp]
+echo = { limit = "10/second", burst = 20, per = "source" }
+[log]
+dropped = { limit = "5/second", burst = 20 }
+group = 5
 `
+
+// others are the choices that everything cannot make at the same time.
+const others = `
+[default]
+published = "ignore"
+established = "keep"
+forward = "drop"
+output = "reject"
+[open.web]
+ports = 80
+log = true
+[log]
+dropped = true
+prefix = "dl"
+`
+
+const observed = "[default]\nenforce = false\noutput = \"drop\"\n" + little
 
 const little = `
 [open.web]
