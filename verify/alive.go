@@ -66,7 +66,7 @@ func (e *engine) pilot() error {
 		p.prefer()
 		p.proven = p.heard > 0
 	}
-	e.tick = &tick{start: e.now()} // what did not answer the pilot is no loss
+	e.tick = newTick(e.now()) // what did not answer the pilot is no loss
 	return nil
 }
 
@@ -95,13 +95,8 @@ func (e *engine) plan(list []sweepProbe) {
 	for _, p := range e.pools {
 		p.round, p.silent, p.probes = tally{}, 0, 0
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	for _, p := range e.paths {
-		p.windows, p.checked, p.left, p.canaries, p.until, p.suspended = nil, 0, 0, 0, 0, false
-		for _, k := range p.kinds {
-			k.sent, k.got = 0, 0
-		}
+		p.windows, p.checked, p.left, p.until, p.suspended = nil, 0, 0, 0, false
 	}
 	for _, x := range list {
 		p := x.flow.path
@@ -124,7 +119,6 @@ func (e *engine) plan(list []sweepProbe) {
 		n := max(p.left/canaryEvery, min(share, max(tinyCanaries, p.left/8)), 2)
 		// Other paths of the pair, later rounds and the last burst want tuples too.
 		n = max(2, min(n, (p.tuplesLeft()-reservedTuples)/(3*len(p.peer.paths))))
-		p.canaries = n
 		p.every = max(1, (p.left+n-2)/(n-1))
 	}
 }
@@ -186,6 +180,12 @@ func (p *sweepPath) next() *kind {
 			return k
 		}
 	}
+	// A limited kind is better than none.
+	for _, k := range p.kinds {
+		if k.demoted && p.peer.tuples(k.Canary).left() > 0 {
+			return k
+		}
+	}
 	return nil
 }
 
@@ -206,20 +206,16 @@ func (p *sweepPath) lost(before int64) bool {
 
 // demote gives up a kind of canary that loses far more than the path does by
 // another kind: something limits it, and its loss is not that of the probes.
-// What is still on its way counts as lost for all kinds alike.
 func (p *sweepPath) demote() bool {
-	if len(p.kinds) < 2 {
-		return false
-	}
-	best := 1.0
+	var best *kind
 	for _, k := range p.kinds {
-		if k.live() && k.sent >= tinyCanaries {
-			best = min(best, k.loss())
+		if k.live() && k.settled.sent >= tinyCanaries && (best == nil || k.settled.rate() < best.settled.rate()) {
+			best = k
 		}
 	}
 	any := false
 	for _, k := range p.kinds {
-		if k.live() && k.sent >= tinyCanaries && k.loss() > 0.25+3*best {
+		if k != best && k.live() && k.settled.sent >= tinyCanaries && k.settled.rate() > 0.25+3*best.settled.rate() {
 			k.demoted, any = true, true
 		}
 	}
@@ -258,7 +254,7 @@ func (e *engine) revive() error {
 	e.pacer = newPacer(e.cfg.MaxRate)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.ticks, e.tick = nil, &tick{start: e.now()}
+	e.ticks, e.tick = nil, newTick(e.now())
 	return nil
 }
 
@@ -312,6 +308,7 @@ func (e *engine) demandCanaries(paths []*sweepPath, limit time.Duration) error {
 		if all || e.now() >= end {
 			break
 		}
+		wait = min(2*wait, int64(reviveEvery))
 	}
 	if err := e.settle(); err != nil {
 		return err

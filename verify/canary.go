@@ -114,14 +114,12 @@ type canarySent struct {
 // kind is one of a path's canaries with what it was worth so far.
 type kind struct {
 	Canary
-	answers   atomic.Bool // it did at least once
-	demoted   bool        // something limits it
-	sent, got int         // in this round; got is guarded by engine.mu
+	answers atomic.Bool // it did at least once
+	demoted bool        // something limits it
+	settled tally       // of its canaries that had their time to return
 }
 
 func (k *kind) live() bool { return k.answers.Load() && !k.demoted }
-
-func (k *kind) loss() float64 { return 1 - float64(k.got)/float64(k.sent) }
 
 // window is a stretch of a round of one path: probes, and canaries among them.
 type window struct {
@@ -135,6 +133,9 @@ type window struct {
 type tally struct{ sent, lost int }
 
 func (t *tally) add(o tally) { t.sent += o.sent; t.lost += o.lost }
+
+// rate is the loss seen.
+func (t tally) rate() float64 { return float64(t.lost) / float64(t.sent) }
 
 // upper bounds the loss, given the loss seen: (k+2√k+3)/n, which for k = 0 is
 // the rule of three and above it a little more than two standard deviations.

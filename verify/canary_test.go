@@ -112,6 +112,84 @@ func TestMissOf(t *testing.T) {
 	}
 }
 
+func TestDemote(t *testing.T) {
+	for _, c := range []struct {
+		name       string
+		a, b       tally
+		goneA      bool
+		goneB      bool
+		stillFirst bool
+	}{
+		{"both well", tally{100, 1}, tally{12, 0}, false, false, true},
+		{"line lossy for both", tally{100, 30}, tally{12, 4}, false, false, true},
+		{"first limited", tally{100, 90}, tally{12, 0}, true, false, false},
+		{"second limited", tally{100, 0}, tally{12, 11}, false, true, true},
+		{"outage", tally{100, 100}, tally{12, 12}, false, false, true},
+		{"second too young", tally{100, 90}, tally{3, 0}, false, false, true},
+	} {
+		p := &sweepPath{kinds: []*kind{{settled: c.a}, {settled: c.b}}}
+		for _, k := range p.kinds {
+			k.answers.Store(true)
+		}
+		p.demote()
+		if p.kinds[0].demoted != c.goneA || p.kinds[1].demoted != c.goneB || (p.primary == 0) != c.stillFirst {
+			t.Errorf("%s: demoted %v and %v, %d is first", c.name, p.kinds[0].demoted, p.kinds[1].demoted, p.primary)
+		}
+	}
+}
+
+func TestCanaryBack(t *testing.T) {
+	e := &engine{pools: []*pool{new(pool)}, tick: newTick(0)}
+	k := new(kind)
+	p := &sweepPath{Path: &Path{}, pool: e.pools[0], kinds: []*kind{k}}
+	s := &tuples{size: canaryPorts}
+	for order := range uint64(3) {
+		s.used = append(s.used, canarySent{path: p, kind: k, tick: e.tick, order: order + 1})
+	}
+	e.tick.kinds[k] = tally{3, 3}
+	for _, i := range []int{0, 2, 2, 0} { // twice, as by a repeated SYN-ACK
+		if e.canaryBack(s, i, 5) != p {
+			t.Fatalf("canary %d was not booked", i)
+		}
+	}
+	if e.canaryBack(s, 3, 0) != nil || e.canaryBack(s, -1, 0) != nil {
+		t.Error("a canary that was never sent came back")
+	}
+	if e.tick.got != 2 || e.tick.kinds[k] != (tally{3, 1}) || p.heard != 3 || !k.live() {
+		t.Errorf("got %d, %+v, heard %d, live %v", e.tick.got, e.tick.kinds[k], p.heard, k.live())
+	}
+}
+
+// When the tuples of a good kind run out, a limited one must do.
+func TestNextKind(t *testing.T) {
+	spent := &tuples{size: 0}
+	fresh := &tuples{size: 10}
+	a, b := &kind{Canary: Canary{CanaryTCP, 22}}, &kind{Canary: canaryEcho}
+	a.answers.Store(true)
+	b.answers.Store(true)
+	p := &sweepPath{kinds: []*kind{a, b}, peer: &peer{tcp: map[uint16]*tuples{22: fresh}, echo: fresh}}
+	first := 0
+	for range 80 {
+		if p.next() == a {
+			first++
+		}
+	}
+	if first != 70 {
+		t.Errorf("the preferred kind %d times of 80, want 70", first)
+	}
+	p.peer.tcp[22] = spent
+	b.demoted = true
+	for range 20 {
+		if p.next() != b {
+			t.Fatal("no canary though echo has tuples")
+		}
+	}
+	p.peer.echo = spent
+	if p.next() != nil {
+		t.Error("a canary without a tuple")
+	}
+}
+
 func TestHistogram(t *testing.T) {
 	var h histogram
 	if h.grace() != graceMin {

@@ -16,12 +16,16 @@ const (
 	rateCeiling = 10e6
 )
 
-// tick is a stretch of time with its canaries, over all paths.
+// tick is a stretch of time with its canaries, over all paths. Its counts are
+// guarded by engine.mu.
 type tick struct {
 	start, end int64 // ns since the run began
 	packets    int
 	sent, got  int
+	kinds      map[*kind]tally // lost until it came back
 }
+
+func newTick(start int64) *tick { return &tick{start: start, kinds: make(map[*kind]tally)} }
 
 // pacer sets the rate.
 type pacer struct {

@@ -154,7 +154,9 @@ func (e *engine) canaryBack(t *tuples, i int, now int64) *sweepPath {
 	if c.win != nil {
 		c.win.got++
 	}
-	c.kind.got++
+	k := c.tick.kinds[c.kind]
+	k.lost--
+	c.tick.kinds[c.kind] = k
 	c.kind.answers.Store(true)
 	return p
 }

@@ -38,7 +38,9 @@ func (e *engine) canary(p *sweepPath, k *kind, w *window) error {
 	e.order++
 	t.used = append(t.used, canarySent{at: now, path: p, kind: k, win: w, tick: e.tick, order: e.order})
 	e.tick.sent++
-	k.sent++
+	c := e.tick.kinds[k]
+	c.add(tally{1, 1})
+	e.tick.kinds[k] = c
 	if w != nil {
 		w.sent++
 		w.last = now
@@ -139,16 +141,19 @@ func (e *engine) service(now int64) error {
 	now = e.now()
 	t.end = now
 	e.ticks = append(e.ticks, t)
-	e.tick = &tick{start: now}
+	e.tick = newTick(now)
 	grace := int64(e.grace())
 	e.mu.Lock()
 	for len(e.ticks) > 0 && e.ticks[0].end+grace < now {
 		e.pacer.judge(e.ticks[0], now)
+		for k, t := range e.ticks[0].kinds {
+			k.settled.add(t)
+		}
 		e.ticks = e.ticks[1:]
 	}
 	for _, p := range e.paths {
 		if p.demote() { // its loss is not the rate's doing
-			e.ticks, e.tick = nil, &tick{start: now}
+			e.ticks, e.tick = nil, newTick(now)
 			e.pacer = newPacer(e.cfg.MaxRate)
 		}
 		p.suspended = p.suspended || p.left > 0 && p.lost(now-grace)

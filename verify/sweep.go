@@ -35,6 +35,7 @@ const (
 	finalCanaries = 3
 	finalLimit    = 2 * time.Second
 	reviveLimit   = 3 * time.Second // a link that renegotiates is back by then
+	reviveEvery   = 200 * time.Millisecond
 
 	// Linux repeats a SYN-ACK after one second: TCP_TIMEOUT_INIT in
 	// include/net/tcp.h, RFC 6298 section 2.
@@ -145,10 +146,9 @@ type pool struct {
 // sweepPath is a [Path] at work.
 type sweepPath struct {
 	*Path
-	index int
-	peer  *peer
-	link  *sweepLink
-	pool  *pool
+	peer *peer
+	link *sweepLink
+	pool *pool
 
 	syn, udp, echo, rst    template
 	tcpFlow, udpFlow       *flow // nil if there is nothing to probe
@@ -169,7 +169,6 @@ type sweepPath struct {
 	windows   []*window
 	checked   int // windows that cannot be dead any more
 	left      int // probes
-	canaries  int
 	every     int // probes a canary
 	until     int // probes to the next canary
 	suspended bool
@@ -307,7 +306,7 @@ func checkPath(p *Path) error {
 
 func (e *engine) addPath(index int) error {
 	c := &e.cfg.Paths[index]
-	p := &sweepPath{Path: c, index: index}
+	p := &sweepPath{Path: c}
 	p.syn, p.udp, p.echo, p.rst = synTemplate(c), udpTemplate(c), echoTemplate(c), rstTemplate(c)
 	if len(c.TCP) > 0 {
 		p.tcpFlow = newFlow(p, rules.TCP, c.TCP)
@@ -370,7 +369,7 @@ func (e *engine) now() int64 { return int64(time.Since(e.began)) }
 
 // run is the sending half.
 func (e *engine) run() error {
-	e.tick = &tick{start: e.now()}
+	e.tick = newTick(e.now())
 	if err := e.pilot(); err != nil {
 		return err
 	}
@@ -546,7 +545,6 @@ func (e *engine) judge(list []sweepProbe) {
 				w.miss = missOf(tally{w.sent, w.sent - w.got}, own[i], p.pool.round, p.pool.run)
 			}
 		}
-		p.demote()
 	}
 	for _, x := range list {
 		w := x.flow.window[x.i]

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"encoding/xml"
 	"net"
@@ -12,7 +13,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -208,6 +211,60 @@ func TestNmapAgrees(t *testing.T) {
 			}
 		})
 	}
+}
+
+// tcpdump on the host, an independent witness, must see every probe come in and
+// nothing go out in answer.
+func TestTcpdumpSeesSilence(t *testing.T) {
+	l := newLab(t, labPolicy)
+	var out, errs lockedBuffer
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		done <- l.Command(ctx, []string{"tcpdump", "-Z", "root", "-i", "eth0", "-n", "-l", "--immediate-mode", "tcp and portrange 1000-2000"}, &out, &errs)
+	}()
+	for start := time.Now(); !strings.Contains(errs.String(), "listening on"); time.Sleep(10 * time.Millisecond) {
+		if time.Since(start) > 10*time.Second {
+			t.Fatalf("tcpdump does not start: %s", errs.String())
+		}
+	}
+	runJSON(t, exitOK, "verify", l.policy, "--target", l.host4.String(), "--ports", "1000-2000/tcp", "--json")
+	time.Sleep(200 * time.Millisecond) // what would come late
+	stop()
+	<-done
+	in, answers := map[string]bool{}, 0
+	for _, line := range strings.Split(out.String(), "\n") {
+		f := strings.Fields(line) // TIME IP SRC.PORT > DST.PORT: ...
+		switch {
+		case len(f) < 5:
+		case strings.HasPrefix(f[2], l.host4.String()+"."):
+			answers++
+			t.Errorf("the host answered: %s", line)
+		default:
+			in[f[4]] = true
+		}
+	}
+	if len(in) != 1001 || answers != 0 {
+		t.Errorf("tcpdump saw probes to %d ports and %d answers", len(in), answers)
+	}
+}
+
+// lockedBuffer can be read while a program writes to it.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
 }
 
 // nmap scans every TCP port and gives the ports by state, as ranges.
