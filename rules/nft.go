@@ -124,8 +124,13 @@ func (s *Set) Left(now time.Time) time.Duration {
 	return max(s.Until.Sub(now), 0)
 }
 
-// seconds rounds up: an opening may end late by less than a second, never early.
-func seconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
+// longestTimeout is what nft 1.0.6 surely reads; more it calls too large.
+const longestTimeout = 365 * 24 * time.Hour
+
+// seconds rounds up: an opening may end late by less than a second.
+func seconds(d time.Duration) int64 {
+	return int64((min(d, longestTimeout) + time.Second - 1) / time.Second)
+}
 
 // Elements gives the set's elements as nft writes them.
 func (s *Set) Elements() []string {

@@ -15,14 +15,18 @@ type View struct {
 	// In is the target's interface by which the probes enter; "" when that is
 	// not known, as from another machine.
 	In string
-	// Rule names the [open.*] whose restriction the view looks at, and Place
-	// where it stands: "inside", "edge" or "beside" its sources. Both are empty
-	// for the sweep over all ports.
-	Rule, Place string
+	// Sweep says that the view looks at all ports, or at all that were asked for.
+	Sweep bool
+	// Shows are the restricted rules that the view looks at.
+	Shows []Shown
 }
 
-// Sweep reports whether the view looks at all ports.
-func (v *View) Sweep() bool { return v.Rule == "" }
+// Shown is what a [View] shows of one restricted rule.
+type Shown struct {
+	Rule     string // of an [open.*], or "block NAME"
+	Place    string // where the view stands: "inside", "edge" or "beside" its sources
+	TCP, UDP []uint16
+}
 
 // Expectation is what the policy says of one probe.
 type Expectation struct {

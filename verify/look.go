@@ -83,7 +83,7 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 		if err != nil {
 			return nil, err
 		}
-		v := View{In: cfg.In, Path: Path{
+		v := View{In: cfg.In, Sweep: true, Path: Path{
 			Link: link, Src: src, Dst: dst, SrcPort: ports[i], TCP: cfg.Ports.TCP, UDP: cfg.Ports.UDP,
 		}}
 		v.Path.Canaries = append(canaries(newExpecter(cfg.Rules, &v), &v.Path), cfg.Canaries...)

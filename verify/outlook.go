@@ -50,7 +50,8 @@ func NewOutlook(rs *rules.Ruleset, ipv6 bool) (*Outlook, error) {
 		b.families = append(b.families, family{o.Host6, src6})
 	}
 	for _, f := range b.families {
-		v := b.view(o.Links[0], f.src, f.dst, "", "")
+		v := b.view(o.Links[0], f.src, f.dst)
+		v.Sweep = true
 		v.Path.TCP, v.Path.UDP = allPorts(), allPorts()
 	}
 	for _, t := range allTraffic(rs.Policy) {
@@ -164,7 +165,7 @@ func (b *outlookBuilder) links() []string {
 }
 
 // view gives the view of a source on an interface, made on first use.
-func (b *outlookBuilder) view(in string, src, dst netip.Addr, rule, place string) *View {
+func (b *outlookBuilder) view(in string, src, dst netip.Addr) *View {
 	key := [3]string{in, src.String(), dst.String()}
 	i, ok := b.index[key]
 	if !ok {
@@ -176,7 +177,7 @@ func (b *outlookBuilder) view(in string, src, dst netip.Addr, rule, place string
 		b.ports = b.ports[:len(b.ports)-1]
 		i = len(b.out.Views)
 		b.index[key] = i
-		b.out.Views = append(b.out.Views, View{In: in, Rule: rule, Place: place, Path: Path{Src: src, Dst: dst, SrcPort: sport}})
+		b.out.Views = append(b.out.Views, View{In: in, Path: Path{Src: src, Dst: dst, SrcPort: sport}})
 	}
 	return &b.out.Views[i]
 }
@@ -235,7 +236,12 @@ func (b *outlookBuilder) restriction(name string, t *rules.Traffic) {
 			}
 			for _, dst := range dsts {
 				for _, ifname := range in {
-					if v := b.view(ifname, s.addr, dst, name, s.place); v != nil && !v.Sweep() {
+					v := b.view(ifname, s.addr, dst)
+					if v == nil {
+						continue
+					}
+					v.Shows = append(v.Shows, Shown{name, s.place, tcp, udp})
+					if !v.Sweep {
 						v.Path.TCP, v.Path.UDP = union(v.Path.TCP, tcp), union(v.Path.UDP, udp)
 					}
 				}

@@ -61,7 +61,7 @@ func TestOutlookSeesEveryRestriction(t *testing.T) {
 	}
 	sweeps := 0
 	for _, v := range o.Views {
-		if v.Sweep() {
+		if v.Sweep {
 			sweeps++
 			if len(v.Path.TCP) != 65535 || len(v.Path.UDP) != 65535 || v.In != "eth0" {
 				t.Errorf("sweep of %d TCP and %d UDP ports by %s", len(v.Path.TCP), len(v.Path.UDP), v.In)

@@ -50,7 +50,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	}
 	if cfg.sweep.TCP != nil {
 		for i := range outlook.Views {
-			if v := &outlook.Views[i]; v.Sweep() {
+			if v := &outlook.Views[i]; v.Sweep {
 				v.Path.TCP, v.Path.UDP = cfg.sweep.TCP, cfg.sweep.UDP
 			}
 		}

@@ -43,6 +43,7 @@ type Report struct {
 	Notes []string `json:"notes"`
 
 	ports int // judged in sweeps
+	views int // of restricted rules
 }
 
 // Listening counts the listeners of a throw-away host.
@@ -89,6 +90,7 @@ type Restriction struct {
 	Rule      string `json:"rule"`
 	Interface string `json:"interface"`
 	From      string `json:"from"`
+	To        string `json:"to"`
 	Place     string `json:"place"` // inside, edge or beside
 	Open      string `json:"open"`  // reachable ports: "22/tcp,53/udp"
 	Silent    string `json:"silent"`
@@ -147,6 +149,9 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 	j := judge{cfg: cfg, report: r}
 	for i := range cfg.Views {
 		j.view(&cfg.Views[i], &res.Paths[i])
+		if !cfg.Views[i].Sweep {
+			r.views++
+		}
 	}
 	r.Notes = append(r.Notes, j.notes()...)
 	sort.SliceStable(r.Findings, func(a, b int) bool {
@@ -180,8 +185,7 @@ type judge struct {
 
 func (j *judge) view(v *View, res *PathResult) {
 	e := newExpecter(j.cfg.Rules, v)
-	restriction := Restriction{Rule: v.Rule, Interface: v.In, From: v.Path.Src.String(), Place: v.Place, OK: true}
-	var open, silent []string
+	reachable, wrong := map[Target]bool{}, map[Target]bool{}
 	fam := "ipv6"
 	if v.Path.Dst.Is4() {
 		fam = "ipv4"
@@ -202,11 +206,9 @@ func (j *judge) view(v *View, res *PathResult) {
 			byState[a.State] = append(byState[a.State], port)
 			name := fmt.Sprintf("%d/%s", port, proto)
 			if a.State == Open || a.State == Closed {
-				open = append(open, name)
-			} else {
-				silent = append(silent, name)
+				reachable[Target{proto, port}] = true
 			}
-			if v.Sweep() {
+			if v.Sweep {
 				j.report.ports++
 				*j.report.Counts.of(a.State)++
 				if x.Outcome == rules.OutcomeOpen && !x.Either {
@@ -231,20 +233,35 @@ func (j *judge) view(v *View, res *PathResult) {
 				}
 			}
 			if !x.agrees(a, proto) {
-				restriction.OK = false
+				wrong[Target{proto, port}] = true
 				j.finding(v, fam, proto, port, a, x, res)
 			}
 		}
-		if v.Sweep() {
+		if v.Sweep {
 			j.report.States[proto.String()+fam[3:]] = States{
 				Open: Ranges(byState[Open]), Closed: Ranges(byState[Closed]), Rejected: Ranges(byState[Rejected]),
 				Filtered: Ranges(byState[Filtered]), Unknown: Ranges(byState[Unknown]),
 			}
 		}
 	}
-	if !v.Sweep() {
-		restriction.Open, restriction.Silent = strings.Join(open, ","), strings.Join(silent, ",")
-		j.report.Restrictions = append(j.report.Restrictions, restriction)
+	for _, shown := range v.Shows {
+		x := Restriction{Rule: shown.Rule, Interface: v.In, From: v.Path.Src.String(), To: v.Path.Dst.String(), Place: shown.Place, OK: true}
+		var open, silent []string
+		for proto, ports := range map[rules.Protocol][]uint16{rules.TCP: shown.TCP, rules.UDP: shown.UDP} {
+			for _, port := range ports {
+				t := Target{proto, port}
+				x.OK = x.OK && !wrong[t]
+				if reachable[t] {
+					open = append(open, fmt.Sprintf("%d/%s", port, proto))
+				} else {
+					silent = append(silent, fmt.Sprintf("%d/%s", port, proto))
+				}
+			}
+		}
+		slices.Sort(open)
+		slices.Sort(silent)
+		x.Open, x.Silent = strings.Join(open, ","), strings.Join(silent, ",")
+		j.report.Restrictions = append(j.report.Restrictions, x)
 	}
 }
 
@@ -510,8 +527,8 @@ func (r *Report) restrictions(b *strings.Builder) {
 	for _, name := range order {
 		t := rulesSeen[name]
 		if t.bad == 0 {
-			fmt.Fprintf(b, "  ok   %-24s reachable from %s it admits, silent to %s it does not\n",
-				fmt.Sprintf("restricted %q", name), count(t.inside, "source", "sources"), count(t.outside, "source", "sources"))
+			fmt.Fprintf(b, "  ok   %-24s reachable from %s, silent to %s, as it says\n",
+				fmt.Sprintf("restricted %q", name), count(t.inside, "source", "sources"), thousands(t.outside))
 		}
 	}
 }
@@ -520,10 +537,10 @@ func (r *Report) conclusion(b *strings.Builder) {
 	took := time.Duration(r.Seconds * float64(time.Second)).Round(100 * time.Millisecond)
 	proof := fmt.Sprintf("chance that a TCP answer was missed ≤ %.0e", r.Bound)
 	if r.Proof == "host" {
-		proof += "; UDP proven on the host: a tripwire saw every probe arrive and none pass"
+		proof += "; proven on the host: a tripwire saw every probe arrive, and pass only where the policy says"
 	}
 	views := ""
-	if n := len(r.Restrictions); n > 0 {
+	if n := r.views; n > 0 {
 		views = fmt.Sprintf(" and %s of restricted openings", count(n, "view", "views"))
 	}
 	switch r.Verdict {

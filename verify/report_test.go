@@ -13,7 +13,7 @@ import (
 
 // look makes a view of some ports and the result the engine would give.
 func look(answers map[Target]Answer) (View, PathResult) {
-	v := View{In: "eth0", Path: Path{Src: netip.MustParseAddr("203.0.113.78"), Dst: netip.MustParseAddr("203.0.113.77"), SrcPort: 20001}}
+	v := View{In: "eth0", Sweep: true, Path: Path{Src: netip.MustParseAddr("203.0.113.78"), Dst: netip.MustParseAddr("203.0.113.77"), SrcPort: 20001}}
 	res := PathResult{Alive: true}
 	for port := uint16(1); port <= 100; port++ {
 		v.Path.TCP, v.Path.UDP = append(v.Path.TCP, port), append(v.Path.UDP, port)
