@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/BurntSushi/toml"
 	"github.com/google/go-cmp/cmp"
@@ -20,6 +21,12 @@ import (
 	"deadlight/rules"
 )
 
+// here reads what an example includes.
+type here struct{}
+
+func (here) Glob(pattern string) ([]string, error) { return filepath.Glob(pattern) }
+func (here) ReadFile(name string) ([]byte, error)  { return os.ReadFile(name) }
+
 // parse reads an example that must have no problem, not even a warning.
 func parse(t *testing.T, name string) *rules.Policy {
 	t.Helper()
@@ -27,7 +34,7 @@ func parse(t *testing.T, name string) *rules.Policy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, problems := rules.Parse(name+".toml", src)
+	p, problems := rules.Parse(name+".toml", src, here{})
 	if len(problems) > 0 || p == nil {
 		var b strings.Builder
 		if err := rules.Render(&b, problems, rules.Summary(problems)); err != nil {
@@ -46,7 +53,8 @@ func TestExamples(t *testing.T) {
 				t.Error("compiled twice, two tables")
 			}
 			var a, b bytes.Buffer
-			if err := errors.Join(first.Table.WriteNFT(&a), again.Table.WriteNFT(&b)); err != nil {
+			now := time.Now()
+			if err := errors.Join(first.Table.WriteNFT(&a, now), again.Table.WriteNFT(&b, now)); err != nil {
 				t.Fatal(err)
 			}
 			if d := cmp.Diff(a.String(), b.String()); d != "" {
@@ -215,12 +223,14 @@ func TestReferenceRestrictions(t *testing.T) {
 		if o.Family != rules.Both {
 			delete(missing, "family")
 		}
-		if slices.Contains(o.Protocols, rules.UDP) {
-			delete(missing, "udp")
-		}
-		for _, r := range o.Ports {
-			if r.Lo < r.Hi {
-				delete(missing, "port range")
+		for _, on := range o.On {
+			if on.Protocol == rules.UDP {
+				delete(missing, "udp")
+			}
+			for _, r := range on.Ports {
+				if r.Lo < r.Hi {
+					delete(missing, "port range")
+				}
 			}
 		}
 	}

@@ -161,13 +161,8 @@ func (c *compiler) ruleChain(g *group, i int) {
 				miss(nfproto(v4))
 			}
 		}
-		// What an egress rule excepts is a destination: its source is this host.
-		field := saddr(v4)
-		if g.kind == "egress" {
-			field = daddr(v4)
-		}
 		for _, set := range c.setsOf(name+"_except", &t.Except, v4) {
-			miss(MatchSet{Field: field, Set: set})
+			miss(MatchSet{Field: saddr(v4), Set: set})
 		}
 	}
 	end := c.verdict(g, i)

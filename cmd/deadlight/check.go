@@ -43,16 +43,16 @@ func check(e env, file string) error {
 	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
 	for i := range p.Block {
 		b := &p.Block[i]
-		printf(w, "  block\t%s\t%s\t%q\n", what(&b.Traffic), fromWhere(&b.Traffic), b.Name)
+		printf(w, "  block\t%s\t%q\t%s\n", what(&b.Traffic), b.Name, fromWhere(&b.Traffic))
 	}
 	for i := range p.Open {
 		o := &p.Open[i]
-		printf(w, "  open\t%s\t%s%s\t%q\n", what(&o.Traffic), fromWhere(&o.Traffic), limits(o), o.Name)
+		printf(w, "  open\t%s\t%q\t%s%s\n", what(&o.Traffic), o.Name, fromWhere(&o.Traffic), limits(o))
 	}
 	if p.Default.Output != rules.Accept {
 		for i := range p.Egress {
 			g := &p.Egress[i]
-			printf(w, "  egress\t%s\t%s\t%q\n", what(&g.Traffic), fromWhere(&g.Traffic), g.Name)
+			printf(w, "  egress\t%s\t%q\t%s\n", what(&g.Traffic), g.Name, strings.TrimPrefix(fromWhere(&g.Traffic), "from anywhere "))
 		}
 	}
 	if err := w.Flush(); err != nil {
@@ -78,7 +78,7 @@ func check(e env, file string) error {
 		return silently(exitFindings)
 	}
 	if n := len(p.Expect); n > 0 {
-		printf(e.stdout, "%s hold\n", plural(n, "expectation"))
+		printf(e.stdout, "%s met\n", plural(n, "expectation"))
 	}
 	return nil
 }
