@@ -3,6 +3,7 @@ package rules_test
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -290,8 +291,20 @@ func TestParseLarge(t *testing.T) {
 		}),
 		"one set for all": "version = 1\n[set.a]\naddresses = [" + strings.Repeat(`"192.0.2.1",`, n) + "]\n" +
 			strings.TrimPrefix(rule(func(i int) string { return fmt.Sprintf("ports = %d\nfrom = \"@a\"", 30_000+2*i) }), "version = 1\n"),
-		"one line":        "version = 1\nopen = { a = { ports = [" + strings.Repeat("0, ", 200_000) + "] } }",
-		"many interfaces": "version = 1\n" + rule(func(i int) string { return "ports = 443\ninterfaces = [\"" + strings.Repeat("a\",\"", i%50) + "b\"]" })[12:],
+		"one line": "version = 1\nopen = { a = { ports = [" + strings.Repeat("0, ", 200_000) + "] } }",
+		"one range, many blocks": rule(func(i int) string { return fmt.Sprintf("ports = \"1-65535\"\nfrom = %q", address(i)) }) +
+			strings.ReplaceAll(rule(func(i int) string { return fmt.Sprintf("from = %q\nexcept = \"10.0.0.1\"", address(i)) })[12:], "[open.", "[block."),
+		"many far ends": "version = 1\ndefault.output = \"drop\"\n" +
+			strings.ReplaceAll(rule(func(i int) string { return fmt.Sprintf("ports = 443\nto = %q\nuser = %d", address(i), i) })[12:], "[open.", "[egress."),
+		"unknown services":   rule(func(i int) string { return fmt.Sprintf("service = \"s%d\"", i) }),
+		"own services":       rule(func(i int) string { return fmt.Sprintf("service = \"s%d\"\n[service.s%d]\nports = %d", i, i, 1+i) }),
+		"one large service":  "version = 1\n[service.s]\nports = [" + spread(256) + "]\n" + rule(func(i int) string { return fmt.Sprintf("service = \"s\"\nfrom = %q", address(i)) })[12:],
+		"repeated protocols": "version = 1\n[open.a]\nports = [" + spread(30_000) + "]\nprotocol = [" + strings.Repeat("\"tcp\", 6,", 30_000) + "]\n",
+		"repeated services":  "version = 1\n[open.a]\nservice = [" + strings.Repeat("\"http\", \"s\",", 100_000) + "]\n[service.s]\nports = [" + spread(200) + "]\n",
+		"repeated sets":      "version = 1\n[open.a]\nports = 1\nfrom = [" + strings.Repeat("\"@a\",", 200_000) + "]\n[set.a]\naddresses = \"192.0.2.1\"\n",
+		"all expire":         rule(func(i int) string { return fmt.Sprintf("ports = %d\nexpires = 2027-01-31T00:00:00Z", 1+i) }),
+		"many tests":         "version = 1\n" + strings.Repeat("[[expect]]\nfrom = \"192.0.2.1\"\nport = \"1/tcp\"\nstate = \"filtered\"\n", n),
+		"many interfaces":    "version = 1\n" + rule(func(i int) string { return "ports = 443\ninterfaces = [\"" + strings.Repeat("a\",\"", i%50) + "b\"]" })[12:],
 	} {
 		t.Run(name, func(t *testing.T) {
 			start := time.Now()
@@ -308,6 +321,84 @@ func TestParseLarge(t *testing.T) {
 			}
 		})
 	}
+}
+
+// spread lists n ports that touch no other.
+func spread(n int) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, "%d,", 1+2*i)
+	}
+	return b.String()
+}
+
+// huge is a directory of files of a size.
+type huge map[string]int
+
+func (h huge) Glob(string) ([]string, error) { return slices.Sorted(maps.Keys(h)), nil }
+func (h huge) ReadFile(name string) ([]byte, error) {
+	return bytes.Repeat([]byte(" "), h[name]), nil
+}
+
+func TestParseTooLargeElsewhere(t *testing.T) {
+	for name, test := range map[string]struct {
+		src   string
+		files huge
+		want  string
+	}{
+		"include":  {"include = \"*\"", huge{"a": 8<<20 + 1}, `"a" is larger than 8 MiB`},
+		"list":     {"set.a.files = \"a\"\nblock.a.from = \"@a\"", huge{"a": 256<<20 + 1}, `"a" is larger than 256 MiB`},
+		"includes": {"include = \"*\"", many(10, 8<<20), `the policy and its includes are larger than 64 MiB together`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, problems := rules.Parse("p.toml", []byte("version = 1\n"+test.src), test.files)
+			if p != nil || len(problems) != 1 || problems[0].Summary != test.want {
+				t.Errorf("got %v", problems)
+			}
+		})
+	}
+}
+
+func many(n, size int) huge {
+	h := huge{}
+	for i := range n {
+		h[fmt.Sprintf("z%02d", i)] = size
+	}
+	return h
+}
+
+// FuzzInclude reads any bytes as an include: problems stand in the files they
+// are of, and a sound one makes a sound policy.
+func FuzzInclude(f *testing.F) {
+	for _, src := range []string{
+		"", "[open.web]\nports = 1\noverride = true", "version = 1\ninclude = \"b\"", "[[expect]]\nfrom = \"::1\"\nport = \"esp\"\nstate = \"open\"",
+		"[set.a]\nfiles = [\"a.toml\", \"*\", \"none\"]\noptional = true\n[block.a]\nfrom = \"@a\"", "[open.web]\nports = 2", "\xff", "[default]\n[x]",
+	} {
+		f.Add([]byte(src))
+	}
+	main := "version = 1\ninclude = \"*.toml\"\n[open.web]\nports = 80\n[service.s]\nports = 9\n"
+	f.Fuzz(func(t *testing.T, src []byte) {
+		files := memory{"a.toml": string(src)}
+		p, problems := rules.Parse("policy.toml", []byte(main), files)
+		hasError := false
+		for _, problem := range problems {
+			hasError = hasError || problem.Severity == rules.Error
+			text := main
+			if problem.Pos.File != "policy.toml" {
+				text = strings.TrimLeft(files[problem.Pos.File], "\ufeff")
+			}
+			lines := strings.Split(text, "\n")
+			if at := problem.Pos; at.Line < 1 || at.Line > len(lines) || at.Column < 1 || at.Column > utf8.RuneCountInString(lines[at.Line-1])+1 || problem.Width < 1 {
+				t.Fatalf("%+v is not in %q", problem, src)
+			}
+		}
+		if hasError != (p == nil) {
+			t.Fatalf("policy %v with problems %v", p, problems)
+		}
+		if p != nil {
+			checkValid(t, p)
+		}
+	})
 }
 
 func FuzzParse(f *testing.F) {
