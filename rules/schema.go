@@ -66,7 +66,7 @@ func homes() map[string]string {
 		home, name := "", parts[len(parts)-1]
 		switch {
 		case len(parts) == 1:
-			home = "the first line, above every table"
+			home = "the top of the file, above every table"
 		case len(parts) == 2:
 			home = "[" + parts[0] + "]"
 		case len(parts) == 3 && parts[1] == "*":

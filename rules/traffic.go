@@ -178,7 +178,7 @@ func (d *draft) readRule(r *reader, kind string, f named, s schema[rule]) *rule 
 	o.except.resolve(r, d, &o.Except)
 	o.to.resolve(r, d, &o.To)
 	if kind == "block" && o.blocksAll() {
-		r.errorf(o.table, `name whom in from or what in ports; for an input of nothing, open nothing`, "%s would block everything", o.title())
+		r.errorf(o.table, `name whom in from, or what in ports`, "%s would block everything", o.title())
 	}
 	o.sound = r.errors == before
 	if o.sound {
