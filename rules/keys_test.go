@@ -23,6 +23,9 @@ func TestKeys(t *testing.T) {
 		if slices.Contains([]string{"open", "block", "egress", "set", "service"}, parts[0]) && len(parts) > 1 {
 			parts[1] = "*"
 		}
+		if parts[0] == "expect" && len(parts) > 1 {
+			parts = slices.Insert(parts, 1, "*")
+		}
 		name := strings.Join(parts, ".")
 		switch {
 		case len(parts) == 1 && name != "version" && name != "include", strings.HasSuffix(name, "*"):

@@ -6,6 +6,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -273,5 +274,39 @@ func TestParseEverything(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, *p, comparePolicies); diff != "" {
 		t.Errorf("differs (-want +got):\n%s", diff)
+	}
+}
+
+// A file has one name, however it is written, and is read once.
+func TestParseFileNames(t *testing.T) {
+	src := "version = 1\ninclude = [\"/etc/d/a.toml\", \"./a.toml\", \"a.toml\", \"../d/a.toml\", \"*.toml\"]\n" +
+		"[set.s]\nfiles = [\"/srv/list\", \"list\", \"./list\"]\n[block.s]\nfrom = \"@s\"\n"
+	p, problems := rules.Parse("/etc/d/policy.toml", []byte(src), memory{
+		"/etc/d/a.toml": "[open.a]\nports = 1\n", "policy.toml": src, "a.toml": "not read", "./a.toml": "nor this",
+		"/srv/list": "192.0.2.1\n", "list": "192.0.2.2\n", "./list": "not read\n",
+	})
+	if p == nil || len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	want := []string{"/etc/d/policy.toml", "/etc/d/a.toml", "/srv/list", "/etc/d/list"}
+	if diff := cmp.Diff(want, p.Files); diff != "" {
+		t.Errorf("differs (-want +got):\n%s", diff)
+	}
+}
+
+// broken is a directory that cannot be read.
+type broken struct{ err error }
+
+func (b broken) Glob(string) ([]string, error)   { return nil, b.err }
+func (b broken) ReadFile(string) ([]byte, error) { return nil, b.err }
+
+func TestParseUnreadable(t *testing.T) {
+	for _, err := range []error{&fs.PathError{Op: "read", Path: "x", Err: syscall.EISDIR}, syscall.EISDIR} {
+		for _, src := range []string{"include = \"a.toml\"", "set.a.files = \"a.toml\"\nblock.a.from = \"@a\""} {
+			p, problems := rules.Parse("p.toml", []byte("version = 1\n"+src), broken{err})
+			if p != nil || len(problems) != 1 || problems[0].Summary != `read "a.toml": is a directory` {
+				t.Errorf("got %v", problems)
+			}
+		}
 	}
 }

@@ -51,7 +51,8 @@ func anyName(paths []string) []string {
 }
 
 // Keys gives every key of the language, sorted, as "default.input" or
-// "open.*.rate.limit": a * stands for a name that the policy chooses.
+// "open.*.rate.limit": a * stands for a name that the policy chooses, or for each
+// of the [[expect]] tables.
 func Keys() []string {
 	keys := fileSchema.paths()
 	slices.Sort(keys)
