@@ -147,24 +147,28 @@ func TestReferenceNamesEveryKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var got []string
+	written := map[string]bool{}
 	for _, key := range meta.Keys() {
-		if meta.Type(key...) == "Hash" {
-			continue
-		}
-		if key[0] == "open" || key[0] == "set" {
+		if len(key) > 1 && slices.Contains([]string{"open", "block", "egress", "set", "service"}, key[0]) {
 			key[1] = "*"
 		}
-		got = append(got, strings.Join(key, "."))
+		written[strings.Join(key, ".")] = true
 	}
-	slices.Sort(got)
-	want := rules.Keys()
-	slices.Sort(want)
-	if d := cmp.Diff(want, slices.Compact(got)); d != "" {
-		t.Errorf("keys (- of the language, + in reference.toml):\n%s", d)
-	}
-	for _, key := range want {
+	for _, key := range rules.Keys() {
 		leaf := key[strings.LastIndex(key, ".")+1:]
+		if strings.HasPrefix(key, "icmp.echo.") || strings.HasPrefix(key, "log.dropped.") || key == "failsafe.service" {
+			// Of these the other form is written, and a comment shows this one.
+			if !regexp.MustCompile(`(?m)^#.*\b` + leaf + ` = `).Match(src) {
+				t.Errorf("no comment of reference.toml shows %s", key)
+			}
+			continue
+		}
+		if !written[key] {
+			t.Errorf("reference.toml lacks %s", key)
+		}
+		if strings.HasPrefix(key, "open.*.rate.") {
+			continue // the comment above rate explains them
+		}
 		if !regexp.MustCompile(`(?m)^#.*\n` + leaf + ` += `).Match(src) {
 			t.Errorf("reference.toml does not explain %s in a comment above it", key)
 		}
