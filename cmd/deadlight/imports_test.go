@@ -239,7 +239,7 @@ func treeProblems(root fs.FS) []string {
 				complain("%v", err)
 				continue
 			}
-			f, err := parser.ParseFile(fset, name, src, parser.SkipObjectResolution)
+			f, err := parser.ParseFile(fset, name, src, parser.ParseComments|parser.SkipObjectResolution)
 			if err != nil {
 				complain("%v", err)
 				continue
