@@ -69,9 +69,12 @@ func explain(e env, what string, f explainFlags) error {
 	if err != nil {
 		return err
 	}
-	rs, err := readPolicy(e, f.policy, "nothing explained")
+	rs, problems, err := parsePolicy(f.policy)
 	if err != nil {
 		return err
+	}
+	if rs == nil {
+		return unusable(e, problems, "nothing explained")
 	}
 	d := rs.Decide(p)
 	x := explanation{

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -54,7 +55,22 @@ func parsePolicy(file string) (rs *rules.Ruleset, problems []rules.Problem, err 
 	if p == nil {
 		return nil, problems, nil
 	}
-	return rules.Compile(p), append(problems, p.Expired(time.Now())...), nil
+	return rules.Compile(p), inFileOrder(append(problems, p.Expired(time.Now())...)), nil
+}
+
+// inFileOrder sorts problems by place; files stay in the order they were read.
+func inFileOrder(problems []rules.Problem) []rules.Problem {
+	order := map[string]int{}
+	for _, p := range problems {
+		if _, ok := order[p.Pos.File]; !ok {
+			order[p.Pos.File] = len(order)
+		}
+	}
+	slices.SortStableFunc(problems, func(a, b rules.Problem) int {
+		return cmp.Or(cmp.Compare(order[a.Pos.File], order[b.Pos.File]),
+			cmp.Compare(a.Pos.Line, b.Pos.Line), cmp.Compare(a.Pos.Column, b.Pos.Column))
+	})
+	return problems
 }
 
 // disk lets a policy read its includes and lists, which stand relative to its
