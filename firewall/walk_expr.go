@@ -135,9 +135,9 @@ func (w *walker) metaValue(key uint32) (bits, bool) {
 		if w.p.v4 {
 			proto = unix.NFPROTO_IPV4
 		}
-		return sure([]byte{proto}, "meta nfproto", asNumber), true
+		return sure([]byte{proto}, "meta nfproto", asFamily), true
 	case unix.NFT_META_L4PROTO:
-		return sure([]byte{byte(w.packet.Protocol)}, "meta l4proto", asNumber), true
+		return sure([]byte{byte(w.packet.Protocol)}, "meta l4proto", asProtocol), true
 	case unix.NFT_META_IIFNAME:
 		if w.in == "" {
 			return assumed(nameBytes(""), "iifname", asName, anyInterface), true
@@ -344,7 +344,7 @@ func (r *ruleRun) bitwise(data []byte) {
 		b.val[i] = (b.val[i]&mask[i] ^ xor[i]) & b.known[i]
 	}
 	switch {
-	case b.kind == asAddress:
+	case b.kind == asAddress4, b.kind == asAddress6:
 		b.about += "/" + prefixLength(mask)
 	case b.kind == asState:
 		b.about += " " + stateNames(mask)
@@ -610,10 +610,7 @@ func (r *ruleRun) nat(name string, data []byte) {
 		r.say("%s", map[string]string{"masq": "masquerade", "nat": "snat"}[name])
 		return
 	}
-	size := 16
-	if w.p.v4 {
-		size = 4
-	}
+	size := w.p.addressSize()
 	addr, port := bits{}, bits{}
 	switch name {
 	case "redir":
@@ -652,8 +649,11 @@ func natText(b bits) string {
 		return "one that is not known here"
 	}
 	kind := asPort
-	if len(b.val) >= 4 {
-		kind = asAddress
+	switch len(b.val) {
+	case 4:
+		kind = asAddress4
+	case 16:
+		kind = asAddress6
 	}
 	return written(kind, b.val)
 }
@@ -687,7 +687,7 @@ func (w *walker) redirectAddress(size int) bits {
 	if len(own) != 1 {
 		return blank(size, "the address of the interface")
 	}
-	return sure(own[0].AsSlice(), "", asAddress)
+	return sure(own[0].AsSlice(), "", asNumber)
 }
 
 // moved decides whether a new destination is still this host.
@@ -817,7 +817,7 @@ func compared(b bits, sign string, want []byte) string {
 	if b.kind == asState && strings.Contains(b.about, "ct state ") && zero && sign == "!= " {
 		return b.about // "ct state new"
 	}
-	if name, mask, ok := strings.Cut(b.about, "/"); ok && b.kind == asAddress {
+	if name, mask, ok := strings.Cut(b.about, "/"); ok && (b.kind == asAddress4 || b.kind == asAddress6) {
 		return fmt.Sprintf("%s %s%s/%s", name, sign, written(b.kind, want), mask)
 	}
 	return fmt.Sprintf("%s %s%s", b.about, sign, written(b.kind, want))
@@ -826,9 +826,22 @@ func compared(b bits, sign string, want []byte) string {
 // written gives a value as people write it.
 func written(kind writing, v []byte) string {
 	switch kind {
-	case asAddress:
-		if a, ok := netip.AddrFromSlice(v); ok {
+	case asAddress4, asAddress6:
+		full := make([]byte, map[writing]int{asAddress4: 4, asAddress6: 16}[kind])
+		copy(full, v)
+		if a, ok := netip.AddrFromSlice(full); ok {
 			return a.String()
+		}
+	case asFamily:
+		if len(v) == 1 && v[0] == unix.NFPROTO_IPV4 {
+			return "ipv4"
+		}
+		if len(v) == 1 && v[0] == unix.NFPROTO_IPV6 {
+			return "ipv6"
+		}
+	case asProtocol:
+		if len(v) == 1 && protocolName(rules.Protocol(v[0])) != "" {
+			return protocolName(rules.Protocol(v[0]))
 		}
 	case asPort:
 		if len(v) == 2 {

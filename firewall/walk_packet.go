@@ -43,9 +43,12 @@ type bits struct {
 type writing uint8
 
 const (
-	asNumber writing = iota
-	asAddress
+	asNumber   writing = iota
+	asAddress4         // the first bytes of one suffice
+	asAddress6
 	asPort
+	asFamily
+	asProtocol
 	asName
 	asState
 	asNative // a number in the byte order of the machine
@@ -288,6 +291,11 @@ func plainCode(p rules.Protocol, typ uint8) bool {
 	return typ >= 128 && typ <= 143
 }
 
+func protocolName(p rules.Protocol) string {
+	return map[rules.Protocol]string{rules.TCP: "tcp", rules.UDP: "udp", rules.ICMPv4: "icmp", rules.ICMPv6: "icmpv6",
+		walkSCTP: "sctp", walkDCCP: "dccp", walkUDPLite: "udplite"}[p]
+}
+
 // load reads from a header and knows what people call the field.
 func (p *journeyPacket) load(base, offset, n int, proto rules.Protocol) bits {
 	switch base {
@@ -296,16 +304,26 @@ func (p *journeyPacket) load(base, offset, n int, proto rules.Protocol) bits {
 		b.about = fmt.Sprintf("@nh,%d,%d", offset*8, n*8)
 		b.why = "the packet is whole, not a fragment"
 		type field struct{ at, n int }
-		fields := map[field]string{{ip6Src, 16}: "ip6 saddr", {ip6Dst, 16}: "ip6 daddr", {ip6Next, 1}: "ip6 nexthdr", {ip6Hops, 1}: "ip6 hoplimit"}
+		fields := map[field]string{{ip6Next, 1}: "ip6 nexthdr", {ip6Hops, 1}: "ip6 hoplimit"}
 		hops := ip6Hops
 		if p.v4 {
-			fields = map[field]string{{ip4Src, 4}: "ip saddr", {ip4Dst, 4}: "ip daddr", {ip4Protocol, 1}: "ip protocol", {ip4TTL, 1}: "ip ttl"}
+			fields = map[field]string{{ip4Protocol, 1}: "ip protocol", {ip4TTL, 1}: "ip ttl"}
 			hops = ip4TTL
 		}
 		if name := fields[field{offset, n}]; name != "" {
 			b.about = name
-			if n >= 4 {
-				b.kind = asAddress
+		}
+		// nft reads no more of an address than its prefix has.
+		for at, name := range map[int]string{p.srcAt(): "saddr", p.dstAt(): "daddr"} {
+			switch {
+			case offset != at || n > p.addressSize():
+			case p.v4:
+				b.about, b.kind = "ip "+name, asAddress4
+			default:
+				b.about, b.kind = "ip6 "+name, asAddress6
+			}
+			if offset == at && n < p.addressSize() {
+				b.about += fmt.Sprintf("/%d", n*8)
 			}
 		}
 		if offset <= hops && offset+n > hops {
@@ -316,8 +334,7 @@ func (p *journeyPacket) load(base, offset, n int, proto rules.Protocol) bits {
 		b := p.transport.slice(offset, n)
 		b.about = fmt.Sprintf("@th,%d,%d", offset*8, n*8)
 		b.why = fmt.Sprintf("the source port is an ephemeral one, such as %d", usualSource)
-		name := map[rules.Protocol]string{rules.TCP: "tcp", rules.UDP: "udp", rules.ICMPv4: "icmp", rules.ICMPv6: "icmpv6",
-			walkSCTP: "sctp", walkDCCP: "dccp", walkUDPLite: "udplite"}[proto]
+		name := protocolName(proto)
 		switch {
 		case hasPorts(proto) && n == 2 && offset == 0:
 			b.about, b.kind = name+" sport", asPort
@@ -335,27 +352,32 @@ func (p *journeyPacket) load(base, offset, n int, proto rules.Protocol) bits {
 	return blank(n, fmt.Sprintf("@%d,%d,%d", base, offset*8, n*8))
 }
 
-func (p *journeyPacket) dst() bits {
+func (p *journeyPacket) srcAt() int {
 	if p.v4 {
-		return p.network.slice(ip4Dst, 4)
+		return ip4Src
 	}
-	return p.network.slice(ip6Dst, 16)
+	return ip6Src
 }
 
-func (p *journeyPacket) src() bits {
+func (p *journeyPacket) dstAt() int {
 	if p.v4 {
-		return p.network.slice(ip4Src, 4)
+		return ip4Dst
 	}
-	return p.network.slice(ip6Src, 16)
+	return ip6Dst
 }
 
-func (p *journeyPacket) setDst(a bits, certain bool) {
+func (p *journeyPacket) addressSize() int {
 	if p.v4 {
-		p.network.put(ip4Dst, a, certain)
-	} else {
-		p.network.put(ip6Dst, a, certain)
+		return 4
 	}
+	return 16
 }
+
+func (p *journeyPacket) dst() bits { return p.network.slice(p.dstAt(), p.addressSize()) }
+
+func (p *journeyPacket) src() bits { return p.network.slice(p.srcAt(), p.addressSize()) }
+
+func (p *journeyPacket) setDst(a bits, certain bool) { p.network.put(p.dstAt(), a, certain) }
 
 // addressIn gives a value as an address; ok is false when bits are missing.
 func addressIn(b bits) (netip.Addr, bool) {

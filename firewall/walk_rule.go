@@ -280,7 +280,7 @@ func (w *walker) rule(t *liveTable, rule *liveRule, certain bool) *ruleRun {
 	}
 	r.step = w.at
 	r.step.Handle, r.step.Comment = rule.handle, rule.comment
-	r.step.Text = strings.Join(r.words, " ")
+	r.step.Text = r.text()
 	r.step.Verdict = r.verdict()
 	if r.rewrite && w.rewriter == nil {
 		step := r.step
@@ -294,6 +294,27 @@ func (w *walker) rule(t *liveTable, rule *liveRule, certain bool) *ruleRun {
 		w.step(shown, certain && r.met == yes)
 	}
 	return r
+}
+
+// text leaves out, like nft, the tests that a field implies.
+func (r *ruleRun) text() string {
+	var out []string
+	for _, word := range r.words {
+		implied := ""
+		switch test, value, _ := strings.Cut(word, " "); {
+		case test != "meta":
+		case strings.HasPrefix(value, "l4proto "):
+			implied = strings.TrimPrefix(value, "l4proto ") + " "
+		case value == "nfproto ipv4":
+			implied = "ip "
+		case value == "nfproto ipv6":
+			implied = "ip6 "
+		}
+		if implied == "" || !slices.ContainsFunc(r.words, func(s string) bool { return strings.HasPrefix(s, implied) }) {
+			out = append(out, word)
+		}
+	}
+	return strings.Join(out, " ")
 }
 
 func (r *ruleRun) verdict() string {

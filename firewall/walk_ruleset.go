@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -192,7 +193,7 @@ func (t *liveTable) takeChain(attrs []byte) {
 		if typ == walkDevicePrefix {
 			name += "*"
 		}
-		if typ == walkDeviceName || typ == walkDevicePrefix {
+		if (typ == walkDeviceName || typ == walkDevicePrefix) && !slices.Contains(ch.devices, name) {
 			ch.devices = append(ch.devices, name)
 		}
 	}

@@ -107,6 +107,10 @@ func (w *walker) ctValue(key uint32, reply bool) (bits, truth) {
 		b.about, b.kind = about, kind
 		return b, yes
 	}
+	kind := asAddress6
+	if w.p.v4 {
+		kind = asAddress4
+	}
 	dir := "original"
 	if reply {
 		dir = "reply"
@@ -144,9 +148,9 @@ func (w *walker) ctValue(key uint32, reply bool) (bits, truth) {
 		}
 		return blank(16, "ct helper"), maybe
 	case unix.NFT_CT_SRC:
-		return name(t.src, "ct "+dir+" saddr", asAddress)
+		return name(t.src, "ct "+dir+" saddr", kind)
 	case unix.NFT_CT_DST:
-		return name(t.dst, "ct "+dir+" daddr", asAddress)
+		return name(t.dst, "ct "+dir+" daddr", kind)
 	case unix.NFT_CT_PROTO_SRC:
 		return name(t.sport, "ct "+dir+" proto-src", asPort)
 	case unix.NFT_CT_PROTO_DST:
@@ -156,9 +160,9 @@ func (w *walker) ctValue(key uint32, reply bool) (bits, truth) {
 			return bits{}, no
 		}
 		if key == unix.NFT_CT_SRC_IP || key == unix.NFT_CT_SRC_IP6 {
-			return name(t.src, "ct "+dir+" saddr", asAddress)
+			return name(t.src, "ct "+dir+" saddr", kind)
 		}
-		return name(t.dst, "ct "+dir+" daddr", asAddress)
+		return name(t.dst, "ct "+dir+" daddr", kind)
 	}
 	return blank(16, fmt.Sprintf("ct key %d", key)), yes
 }
