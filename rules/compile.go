@@ -253,10 +253,11 @@ func (c *compiler) dhcp(counter string) []Rule {
 }
 
 // meterTimeout is when a source is forgotten: long enough for the slowest rate
-// to have refilled.
+// to have refilled. It is whole seconds: the kernel keeps ticks, and nft text
+// seconds, and both must read back as what was meant.
 func meterTimeout(r *Rate) time.Duration {
 	refill := r.Per / time.Duration(max(r.Limit, 1)) * time.Duration(max(r.Burst, 1))
-	return max(refill, time.Minute)
+	return time.Duration(seconds(max(refill, time.Minute))) * time.Second
 }
 
 // echo answers pings, within a rate if there is one.
