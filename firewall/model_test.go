@@ -370,9 +370,9 @@ func (m *model) otherICMP(p *packet, icmp rules.Protocol) {
 		p.Src = netip.MustParseAddr("fe80::77")
 	}
 	switch {
-	case p.ICMPType < 128, p.ICMPType == 129, p.ICMPType == 139, p.ICMPType == 200:
+	case p.ICMPType < 128, p.ICMPType == 129, p.ICMPType == 200:
 		p.Flow = rules.InvalidFlow
-	default:
+	case p.ICMPType != 139: // a query for node information is tracked like a ping
 		p.body = make([]byte, 16) // a target, and no option that could teach the host something
 	}
 }
@@ -494,32 +494,17 @@ func (m *model) beginOwn(routed func(netip.Addr) bool) {
 		reply := m.addressed(m.source(routed))
 		reply.Protocol, reply.Flow = rules.UDP, rules.ReplyFlow
 		reply.SrcPort = uint16(1 + m.rand.IntN(65535))
-		m.inHost(func() error {
-			family := unix.AF_INET
-			if reply.Src.Is6() {
-				family = unix.AF_INET6
-			}
-			fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-			if err != nil {
-				return err
-			}
-			defer unix.Close(fd)
-			if err := unix.Bind(fd, sockaddr(reply.Dst, 0)); err != nil {
-				return err
-			}
-			if err := unix.Sendto(fd, []byte{0}, 0, sockaddr(reply.Src, reply.SrcPort)); err != nil {
+		m.replies = append(m.replies, reply)
+	}
+	m.inHost(func() error {
+		for _, reply := range m.replies {
+			if err := speak(reply); err != nil {
 				return fmt.Errorf("send to %s: %w", reply.Src, err)
 			}
-			own, err := unix.Getsockname(fd)
-			switch own := own.(type) {
-			case *unix.SockaddrInet4:
-				reply.DstPort = uint16(own.Port)
-			case *unix.SockaddrInet6:
-				reply.DstPort = uint16(own.Port)
-			}
-			return err
-		})
-		m.replies = append(m.replies, reply)
+		}
+		return nil
+	})
+	for _, reply := range m.replies {
 		// An error of a type that is never admitted for its own sake.
 		e := m.addressed(reply.Src)
 		e.Dst, e.Flow = reply.Dst, rules.RelatedFlow
@@ -532,6 +517,33 @@ func (m *model) beginOwn(routed func(netip.Addr) bool) {
 		}
 		m.related = append(m.related, e)
 	}
+}
+
+// speak sends the datagram that the reply answers, and notes from which port.
+func speak(reply *packet) error {
+	family := unix.AF_INET
+	if reply.Src.Is6() {
+		family = unix.AF_INET6
+	}
+	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.Bind(fd, sockaddr(reply.Dst, 0)); err != nil {
+		return err
+	}
+	if err := unix.Sendto(fd, []byte{0}, 0, sockaddr(reply.Src, reply.SrcPort)); err != nil {
+		return err
+	}
+	own, err := unix.Getsockname(fd)
+	switch own := own.(type) {
+	case *unix.SockaddrInet4:
+		reply.DstPort = uint16(own.Port)
+	case *unix.SockaddrInet6:
+		reply.DstPort = uint16(own.Port)
+	}
+	return err
 }
 
 func sockaddr(a netip.Addr, port uint16) unix.Sockaddr {

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -302,7 +303,7 @@ func sentinel(link string) *packet {
 // send sends packets, gives each an id of its own, and returns when the host has
 // done with all of them. One processor sends all and thus also receives all, in
 // order (netif_rx keeps the processor).
-func (w *wire) send(packets ...*packet) {
+func (w *wire) send(packets ...*packet) testimony {
 	w.Helper()
 	for _, p := range packets {
 		w.id++
@@ -313,12 +314,12 @@ func (w *wire) send(packets ...*packet) {
 	}
 	deadline := time.Now().Add(patience)
 	for {
-		n := w.counters()
-		if n["sentinel"] == w.batches && n["arrived"] >= w.sent {
-			return
+		n := w.read()
+		if n.counters["sentinel"] == w.batches && n.counters["arrived"] >= w.sent {
+			return n
 		}
-		if n["sentinel"] >= w.batches || time.Now().After(deadline) {
-			w.Fatalf("%d of %d packets arrived, %d of %d sentinels", n["arrived"], w.sent, n["sentinel"], w.batches)
+		if n.counters["sentinel"] >= w.batches || time.Now().After(deadline) {
+			w.Fatalf("%d of %d packets arrived, %d of %d sentinels", n.counters["arrived"], w.sent, n.counters["sentinel"], w.batches)
 		}
 	}
 }
@@ -363,51 +364,45 @@ func (w *wire) transmit(packets []*packet) error {
 	return <-done
 }
 
-// counters reads what the witness counted.
-func (w *wire) counters() map[string]int {
-	w.Helper()
-	return w.countersOf("witness")
+// testimony is what the witness knows.
+type testimony struct {
+	counters map[string]int
+	through  map[uint16]bool // ids of the packets that were seen behind every filter
 }
 
-// countersOf reads the packets of the named counters of a table of family inet.
-func (w *wire) countersOf(table string) map[string]int {
+// read asks the witness.
+func (w *wire) read() testimony {
+	w.Helper()
+	return w.readTable("witness")
+}
+
+// readTable reads the named counters and the sets of numbers of a table.
+func (w *wire) readTable(name string) testimony {
 	w.Helper()
 	var list struct {
 		Nftables []struct {
-			Counter struct {
+			Counter *struct {
 				Name    string
 				Packets int
 			}
-		}
-	}
-	if err := json.Unmarshal([]byte(w.run("", "nft", "-j", "list", "counters", "table", "inet", table)), &list); err != nil {
-		w.Fatalf("read counters: %v", err)
-	}
-	out := map[string]int{}
-	for _, o := range list.Nftables {
-		out[o.Counter.Name] = o.Counter.Packets
-	}
-	return out
-}
-
-// admitted gives the ids of the packets that the witness saw behind every filter.
-func (w *wire) admitted() map[uint16]bool {
-	w.Helper()
-	out := map[uint16]bool{}
-	for _, set := range []string{"seen4", "seen6"} {
-		var list struct {
-			Nftables []struct {
-				Set struct {
-					Elem []uint16
-				}
+			Set *struct {
+				Elem []json.RawMessage
 			}
 		}
-		if err := json.Unmarshal([]byte(w.run("", "nft", "-j", "list", "set", "inet", "witness", set)), &list); err != nil {
-			w.Fatalf("read witness: %v", err)
+	}
+	if err := json.Unmarshal([]byte(w.run("", "nft", "-j", "list", "table", "inet", name)), &list); err != nil {
+		w.Fatalf("read table %s: %v", name, err)
+	}
+	out := testimony{map[string]int{}, map[uint16]bool{}}
+	for _, o := range list.Nftables {
+		if o.Counter != nil {
+			out.counters[o.Counter.Name] = o.Counter.Packets
 		}
-		for _, o := range list.Nftables {
-			for _, id := range o.Set.Elem {
-				out[id] = true
+		if o.Set != nil {
+			for _, e := range o.Set.Elem {
+				if id, err := strconv.ParseUint(string(e), 10, 16); err == nil {
+					out.through[uint16(id)] = true
+				}
 			}
 		}
 	}
@@ -417,8 +412,7 @@ func (w *wire) admitted() map[uint16]bool {
 // deliver sends packets and tells of each whether it got through.
 func (w *wire) deliver(packets ...*packet) []bool {
 	w.Helper()
-	w.send(packets...)
-	through := w.admitted()
+	through := w.send(packets...).through
 	out := make([]bool, len(packets))
 	for i, p := range packets {
 		out[i] = through[p.id]
