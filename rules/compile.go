@@ -26,6 +26,7 @@ const (
 	setPublished    = "published_if"
 	setDHCP         = "dhcp_if"
 	setLocalTypes   = "local_types"
+	setPorted       = "protocols_ported"
 )
 
 // Compile turns a policy into the table that enforces it. It cannot fail: a
@@ -159,8 +160,14 @@ func (c *compiler) gate(blocked, opened []Rule) Chain {
 	r = append(r, c.dhcp("c_dhcp")...)
 	r = append(r, blocked...)
 	r = append(r, c.echo()...)
-	r = append(r, opened...)
-	return Chain{Name: chainGate, Base: &Base{Hook: Prerouting, Priority: gatePriority}, Rules: append(r, c.deny()...)}
+	trusted := len(opened) - len(c.open.index.any)
+	r = append(r, opened[:trusted]...)
+	if c.policy.Default.IgnorePublished {
+		r = append(r, c.leave()...)
+	}
+	r = append(r, opened[trusted:]...)
+	r = append(r, c.refuse("c_dropped", "c_rejected", c.policy.Default.Input)...)
+	return Chain{Name: chainGate, Base: &Base{Hook: Prerouting, Priority: gatePriority}, Rules: r}
 }
 
 // guardsContainers reports whether container networks may not be reached by
@@ -169,20 +176,19 @@ func (c *compiler) guardsContainers() bool {
 	return !c.policy.Default.IgnorePublished && len(c.policy.Published.Interfaces) > 0
 }
 
-// deny is the end of the gate.
-func (c *compiler) deny() []Rule {
+// leave lets pass what a DNAT may still take elsewhere: where it ends here, the
+// backstop judges it. An opening of every protocol is then asked there and not at
+// the gate, or each packet would count twice against its rate.
+func (c *compiler) leave() []Rule {
 	var r []Rule
-	if c.policy.Default.IgnorePublished {
-		// What a DNAT may still take elsewhere is judged behind it, by the backstop.
-		for _, p := range portProtocols {
-			e := []Expr{l4proto(p)}
-			if len(c.open.index.ports[p]) > 0 {
-				e = []Expr{MatchSet{Field: dport(p), Set: listedSet(p), Not: true}}
-			}
-			r = append(r, line("left to published ports", append(e, c.count("c_deferred"), accept())...))
+	for _, p := range portProtocols {
+		e := []Expr{l4proto(p)}
+		if len(c.open.index.ports[p]) > 0 {
+			e = []Expr{MatchSet{Field: dport(p), Set: listedSet(p), Not: true}}
 		}
+		r = append(r, line("left to published ports", append(e, c.count("c_deferred"), accept())...))
 	}
-	return append(r, c.refuse("c_dropped", "c_rejected", c.policy.Default.Input)...)
+	return r
 }
 
 // refuse ends a chain with the log, the reject and the drop that a policy asks for.
@@ -253,10 +259,11 @@ func (c *compiler) dhcp(counter string) []Rule {
 }
 
 // meterTimeout is when a source is forgotten: long enough for the slowest rate
-// to have refilled.
+// to have refilled. It is whole seconds: the kernel keeps ticks, and nft text
+// seconds, and both must read back as what was meant.
 func meterTimeout(r *Rate) time.Duration {
 	refill := r.Per / time.Duration(max(r.Limit, 1)) * time.Duration(max(r.Burst, 1))
-	return max(refill, time.Minute)
+	return time.Duration(seconds(max(refill, time.Minute))) * time.Second
 }
 
 // echo answers pings, within a rate if there is one.
@@ -343,10 +350,25 @@ func (c *compiler) backstopInput() Chain {
 	}
 	r = append(r, c.listed(pass)...)
 	if c.policy.Default.IgnorePublished {
+		if len(c.open.index.any) > 0 {
+			var ported []uint32
+			for _, p := range portProtocols {
+				ported = append(ported, uint32(p))
+			}
+			c.sets = append(c.sets, Set{Name: setPorted, Type: TypeProtocol, Codes: ported})
+			r = append(r, line("judged by the gate", MatchSet{Field: MetaL4proto, Set: setPorted, Not: true}, c.count(pass), accept()))
+		}
+		for _, i := range c.open.index.any {
+			t := c.open.traffic[i]
+			r = append(r, line("open "+t.Name, jump(c.open.chain(t))))
+		}
 		r = append(r, c.refuse("c_dropped", "c_rejected", c.policy.Default.Input)...)
-	} else {
-		r = append(r, line("backstop", c.count("c_backstop_in"), drop()))
+		return Chain{Name: chainBackstopIn, Base: &Base{Hook: Input, Priority: backstopPriority}, Rules: r}
 	}
+	for _, i := range c.open.index.any {
+		r = append(r, c.trusted(i, pass)...)
+	}
+	r = append(r, line("backstop", c.count("c_backstop_in"), drop()))
 	return Chain{Name: chainBackstopIn, Base: &Base{Hook: Input, Priority: backstopPriority}, Rules: r}
 }
 
@@ -383,9 +405,6 @@ func (c *compiler) listed(counter string) []Rule {
 	}
 	if len(plainCodes(&c.open.index)) > 0 {
 		r = append(r, line("listed protocols", MatchSet{Field: MetaL4proto, Set: "protocols_listed"}, c.count(counter), accept()))
-	}
-	for _, i := range c.open.index.any {
-		r = append(r, c.trusted(i, counter)...)
 	}
 	return r
 }
