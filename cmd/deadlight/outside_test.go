@@ -221,7 +221,7 @@ func TestTcpdumpSeesSilence(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() {
-		done <- l.Command(ctx, []string{"tcpdump", "-Z", "root", "-i", "eth0", "-n", "-l", "--immediate-mode", "tcp and portrange 1000-2000"}, &out, &errs)
+		done <- l.Command(ctx, []string{"tcpdump", "-Z", "root", "-i", "eth0", "-n", "-l", "-B", "65536", "tcp and portrange 1000-2000"}, &out, &errs)
 	}()
 	for start := time.Now(); !strings.Contains(errs.String(), "listening on"); time.Sleep(10 * time.Millisecond) {
 		if time.Since(start) > 10*time.Second {
