@@ -413,10 +413,13 @@ func (r *ruleRun) find(name string, sreg uint32) (el []byte, key bits, set *live
 		return nil, blank(0, "set "+name), nil, maybe
 	}
 	key = r.reg.get(sreg, set.keyLen)
-	if !key.complete() || set.keyLen <= 0 || set.keyLen > 64 || r.w.lookup == nil {
+	if set.keyLen <= 0 || set.keyLen > 64 {
 		return nil, key, set, maybe
 	}
-	el, err := r.w.lookup(r.t, set, key.val)
+	if !key.complete() {
+		return nil, key, set, r.findPart(set, key)
+	}
+	el, err := r.w.sets.element(r.t, set, key.val)
 	switch {
 	case err != nil:
 		r.w.err = err
@@ -425,6 +428,24 @@ func (r *ruleRun) find(name string, sreg uint32) (el []byte, key bits, set *live
 		return nil, key, set, no
 	}
 	return el, key, set, yes
+}
+
+// findPart looks up a key that is known in part: it may be that no element
+// matches whatever the rest is.
+func (r *ruleRun) findPart(set *liveSet, key bits) truth {
+	all, err := r.w.sets.allElements(r.t, set)
+	if err != nil {
+		r.w.err = err
+	}
+	if all == nil || err != nil {
+		return maybe
+	}
+	for _, el := range all {
+		if set.mayHold(el, key) {
+			return maybe
+		}
+	}
+	return no
 }
 
 func (r *ruleRun) lookup(data []byte) {
@@ -625,6 +646,7 @@ func (r *ruleRun) nat(name string, data []byte) {
 	}
 	text := map[string]string{"redir": "redirect", "nat": "dnat"}[name]
 	certain := r.sure()
+	oldAddr, oldPort := w.p.dst(), w.p.transport.slice(2, 2)
 	if addr.val != nil {
 		w.p.setDst(addr, certain)
 		if name == "nat" {
@@ -636,9 +658,16 @@ func (r *ruleRun) nat(name string, data []byte) {
 		w.p.transport.put(2, port, certain)
 		text += " to port " + natText(port)
 	}
-	w.p.dnat = maybe
-	if certain {
+	// What is rewritten to what it was is not called rewritten (nf_nat_setup_info).
+	sameAddr, _ := w.p.dst().equal(oldAddr.val)
+	samePort, _ := w.p.transport.slice(2, 2).equal(oldPort.val)
+	switch {
+	case !certain || !oldAddr.complete() || !oldPort.complete():
+		w.p.dnat = maybe
+	case sameAddr == no || samePort == no:
 		w.p.dnat = yes
+	case sameAddr == maybe || samePort == maybe:
+		w.p.dnat = maybe
 	}
 	r.rewritten(text)
 	w.note(fmt.Sprintf("table %s %s, chain %s rewrites the destination (%s): what follows sees the new one", r.t.name(), r.t.title, w.at.Chain, text))
