@@ -617,42 +617,57 @@ func (r *ruleRun) nat(name string, data []byte) {
 	if !r.acts() {
 		return
 	}
-	w := r.w
-	defer func() {
-		r.end = endAccept // a binding ends the chain
-		switch {
-		case r.sure():
-			w.bound = yes
-		case w.bound == no:
-			w.bound = maybe
-		}
-	}()
-	if name == "masq" || name == "nat" && attrNumber(data, unix.NFTA_NAT_TYPE) == unix.NFT_NAT_SNAT {
-		r.say("%s", map[string]string{"masq": "masquerade", "nat": "snat"}[name])
-		return
-	}
-	size := w.p.addressSize()
-	addr, port := bits{}, bits{}
-	switch name {
-	case "redir":
-		addr = w.redirectAddress(size)
-		port = r.natValue(data, unix.NFTA_REDIR_REG_PROTO_MIN, unix.NFTA_REDIR_REG_PROTO_MAX, 2)
+	size := r.w.p.addressSize()
+	switch {
+	case name == "masq", name == "nat" && attrNumber(data, unix.NFTA_NAT_TYPE) == unix.NFT_NAT_SNAT:
+		r.bindSource(map[string]string{"masq": "masquerade", "nat": "snat"}[name])
+	case name == "redir":
+		r.redirect(r.natValue(data, unix.NFTA_REDIR_REG_PROTO_MIN, unix.NFTA_REDIR_REG_PROTO_MAX, 2))
 	default:
-		addr = r.natValue(data, unix.NFTA_NAT_REG_ADDR_MIN, unix.NFTA_NAT_REG_ADDR_MAX, size)
-		port = r.natValue(data, unix.NFTA_NAT_REG_PROTO_MIN, unix.NFTA_NAT_REG_PROTO_MAX, 2)
+		addr := r.natValue(data, unix.NFTA_NAT_REG_ADDR_MIN, unix.NFTA_NAT_REG_ADDR_MAX, size)
 		if attrNumber(data, unix.NFTA_NAT_FLAGS)&natNetmap != 0 {
 			addr = blank(size, "")
 		}
+		r.dnat(addr, r.natValue(data, unix.NFTA_NAT_REG_PROTO_MIN, unix.NFTA_NAT_REG_PROTO_MAX, 2))
 	}
-	text := map[string]string{"redir": "redirect", "nat": "dnat"}[name]
-	certain := r.sure()
+}
+
+// bound ends the chain: the flow has its translation.
+func (r *ruleRun) bound() {
+	r.end = endAccept
+	switch {
+	case r.sure():
+		r.w.bound = yes
+	case r.w.bound == no:
+		r.w.bound = maybe
+	}
+}
+
+// bindSource: the destination stays what it is.
+func (r *ruleRun) bindSource(text string) {
+	r.say("%s", text)
+	r.bound()
+}
+
+func (r *ruleRun) redirect(port bits) {
+	r.rewriteTo("redirect", r.w.redirectAddress(r.w.p.addressSize()), port)
+}
+
+func (r *ruleRun) dnat(addr, port bits) {
+	text := "dnat"
+	if addr.val != nil {
+		text += " to " + natText(addr)
+		r.w.moved(addr, r.sure())
+	}
+	r.rewriteTo(text, addr, port)
+}
+
+// rewriteTo changes the destination; nil bytes leave a part of it alone.
+func (r *ruleRun) rewriteTo(text string, addr, port bits) {
+	w, certain := r.w, r.sure()
 	oldAddr, oldPort := w.p.dst(), w.p.transport.slice(2, 2)
 	if addr.val != nil {
 		w.p.setDst(addr, certain)
-		if name == "nat" {
-			text += " to " + natText(addr)
-			w.moved(addr, certain)
-		}
 	}
 	if port.val != nil && hasPorts(w.packet.Protocol) {
 		w.p.transport.put(2, port, certain)
@@ -671,6 +686,7 @@ func (r *ruleRun) nat(name string, data []byte) {
 	}
 	r.rewritten(text)
 	w.note(fmt.Sprintf("table %s %s, chain %s rewrites the destination (%s): what follows sees the new one", r.t.name(), r.t.title, w.at.Chain, text))
+	r.bound()
 }
 
 func natText(b bits) string {
@@ -772,72 +788,6 @@ func (r *ruleRun) exthdr(data []byte) {
 	default:
 		r.meet(no, true, plainHeader)
 		r.reg.forget()
-	}
-}
-
-// match and target are those of xtables, as iptables-nft writes them. Their
-// bytes are not read.
-func (r *ruleRun) match(data []byte) {
-	name := attrText(data, unix.NFTA_MATCH_NAME)
-	r.say("xt match %q", name)
-	if name != "comment" {
-		r.meet(maybe, false, fmt.Sprintf("expression match %q of iptables", name))
-	}
-}
-
-func (r *ruleRun) xtTarget(data []byte) {
-	name := attrText(data, unix.NFTA_TARGET_NAME)
-	r.say("xt target %q", name)
-	switch name {
-	case "", "standard":
-		// struct xt_standard_target: the verdict less one, negative.
-		info := attrOf(data, unix.NFTA_TARGET_INFO)
-		if len(info) < 4 {
-			r.outside("a verdict that cannot be read")
-			return
-		}
-		const xtReturn = -5
-		switch v := int32(binary.NativeEndian.Uint32(info)); v {
-		case -verdictDrop - 1, -verdictAccept - 1:
-			r.setVerdict(-v-1, "")
-		case xtReturn:
-			r.setVerdict(unix.NFT_RETURN, "")
-		default:
-			r.outside(fmt.Sprintf("verdict %d of iptables", v))
-		}
-	case "REJECT":
-		if r.acts() {
-			r.end = endReject
-		}
-	case "MASQUERADE", "SNAT":
-		r.nat("masq", nil)
-	case "REDIRECT", "DNAT":
-		if !r.acts() {
-			return
-		}
-		w := r.w
-		w.p.transport.put(2, blank(2, ""), false)
-		w.p.setDst(blank(len(w.p.dst().val), ""), false)
-		if name == "DNAT" {
-			w.p.elsewhere = maybe
-		}
-		w.p.dnat, w.bound, r.end = maybe, maybe, endAccept
-		if r.sure() {
-			w.p.dnat, w.bound = yes, yes
-		}
-		r.rewritten("to a place that is not known here")
-	case "MARK":
-		if r.acts() {
-			r.w.p.mark.put(0, blank(4, ""), true)
-		}
-	case "CT", "NOTRACK":
-		if r.acts() && r.w.ct == ctNone {
-			r.w.ct = ctUnknown
-		}
-	case "LOG", "NFLOG", "TRACE", "AUDIT", "CONNMARK", "CLASSIFY", "TOS", "DSCP", "TTL", "HL", "TCPMSS", "CHECKSUM", "SET",
-		"RATEEST", "IDLETIMER", "LED", "SECMARK", "CONNSECMARK":
-	default:
-		r.outside(fmt.Sprintf("expression target %q of iptables", name))
 	}
 }
 
