@@ -199,8 +199,6 @@ func (w *walker) metaValue(key uint32) (bits, bool) {
 	return blank(16, fmt.Sprintf("meta key %d", key)), true
 }
 
-// Values of RTN_* that fib prints (uapi/linux/rtnetlink.h).
-
 // addrType is the kernel's type of an address; 0 means that there is no telling.
 func (w *walker) addrType(a netip.Addr, source bool) int {
 	switch {
