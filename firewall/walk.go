@@ -119,7 +119,7 @@ func (c *Conn) walk(p rules.Packet) (*Journey, error) {
 		return nil, err
 	}
 	host, notes := c.lookAround()
-	w := newWalker(k, host, p, c.element)
+	w := newWalker(k, host, p, c)
 	w.notes = notes
 	j := w.run()
 	if w.err != nil {

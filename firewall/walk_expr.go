@@ -199,8 +199,6 @@ func (w *walker) metaValue(key uint32) (bits, bool) {
 	return blank(16, fmt.Sprintf("meta key %d", key)), true
 }
 
-// Values of RTN_* that fib prints (uapi/linux/rtnetlink.h).
-
 // addrType is the kernel's type of an address; 0 means that there is no telling.
 func (w *walker) addrType(a netip.Addr, source bool) int {
 	switch {
@@ -413,10 +411,13 @@ func (r *ruleRun) find(name string, sreg uint32) (el []byte, key bits, set *live
 		return nil, blank(0, "set "+name), nil, maybe
 	}
 	key = r.reg.get(sreg, set.keyLen)
-	if !key.complete() || set.keyLen <= 0 || set.keyLen > 64 || r.w.lookup == nil {
+	if set.keyLen <= 0 || set.keyLen > 64 {
 		return nil, key, set, maybe
 	}
-	el, err := r.w.lookup(r.t, set, key.val)
+	if !key.complete() {
+		return nil, key, set, r.findPart(set, key)
+	}
+	el, err := r.w.sets.element(r.t, set, key.val)
 	switch {
 	case err != nil:
 		r.w.err = err
@@ -425,6 +426,24 @@ func (r *ruleRun) find(name string, sreg uint32) (el []byte, key bits, set *live
 		return nil, key, set, no
 	}
 	return el, key, set, yes
+}
+
+// findPart looks up a key that is known in part: it may be that no element
+// matches whatever the rest is.
+func (r *ruleRun) findPart(set *liveSet, key bits) truth {
+	all, err := r.w.sets.allElements(r.t, set)
+	if err != nil {
+		r.w.err = err
+	}
+	if all == nil || err != nil {
+		return maybe
+	}
+	for _, el := range all {
+		if set.mayHold(el, key) {
+			return maybe
+		}
+	}
+	return no
 }
 
 func (r *ruleRun) lookup(data []byte) {
@@ -596,52 +615,76 @@ func (r *ruleRun) nat(name string, data []byte) {
 	if !r.acts() {
 		return
 	}
-	w := r.w
-	defer func() {
-		r.end = endAccept // a binding ends the chain
-		switch {
-		case r.sure():
-			w.bound = yes
-		case w.bound == no:
-			w.bound = maybe
-		}
-	}()
-	if name == "masq" || name == "nat" && attrNumber(data, unix.NFTA_NAT_TYPE) == unix.NFT_NAT_SNAT {
-		r.say("%s", map[string]string{"masq": "masquerade", "nat": "snat"}[name])
-		return
-	}
-	size := w.p.addressSize()
-	addr, port := bits{}, bits{}
-	switch name {
-	case "redir":
-		addr = w.redirectAddress(size)
-		port = r.natValue(data, unix.NFTA_REDIR_REG_PROTO_MIN, unix.NFTA_REDIR_REG_PROTO_MAX, 2)
+	size := r.w.p.addressSize()
+	switch {
+	case name == "masq", name == "nat" && attrNumber(data, unix.NFTA_NAT_TYPE) == unix.NFT_NAT_SNAT:
+		r.bindSource(map[string]string{"masq": "masquerade", "nat": "snat"}[name])
+	case name == "redir":
+		r.redirect(r.natValue(data, unix.NFTA_REDIR_REG_PROTO_MIN, unix.NFTA_REDIR_REG_PROTO_MAX, 2))
 	default:
-		addr = r.natValue(data, unix.NFTA_NAT_REG_ADDR_MIN, unix.NFTA_NAT_REG_ADDR_MAX, size)
-		port = r.natValue(data, unix.NFTA_NAT_REG_PROTO_MIN, unix.NFTA_NAT_REG_PROTO_MAX, 2)
+		addr := r.natValue(data, unix.NFTA_NAT_REG_ADDR_MIN, unix.NFTA_NAT_REG_ADDR_MAX, size)
 		if attrNumber(data, unix.NFTA_NAT_FLAGS)&natNetmap != 0 {
 			addr = blank(size, "")
 		}
+		r.dnat(addr, r.natValue(data, unix.NFTA_NAT_REG_PROTO_MIN, unix.NFTA_NAT_REG_PROTO_MAX, 2))
 	}
-	text := map[string]string{"redir": "redirect", "nat": "dnat"}[name]
-	certain := r.sure()
+}
+
+// bound ends the chain: the flow has its translation.
+func (r *ruleRun) bound() {
+	r.end = endAccept
+	switch {
+	case r.sure():
+		r.w.bound = yes
+	case r.w.bound == no:
+		r.w.bound = maybe
+	}
+}
+
+// bindSource: the destination stays what it is.
+func (r *ruleRun) bindSource(text string) {
+	r.say("%s", text)
+	r.bound()
+}
+
+func (r *ruleRun) redirect(port bits) {
+	r.rewriteTo("redirect", r.w.redirectAddress(r.w.p.addressSize()), port)
+}
+
+func (r *ruleRun) dnat(addr, port bits) {
+	text := "dnat"
+	if addr.val != nil {
+		text += " to " + natText(addr)
+		r.w.moved(addr, r.sure())
+	}
+	r.rewriteTo(text, addr, port)
+}
+
+// rewriteTo changes the destination; nil bytes leave a part of it alone.
+func (r *ruleRun) rewriteTo(text string, addr, port bits) {
+	w, certain := r.w, r.sure()
+	oldAddr, oldPort := w.p.dst(), w.p.transport.slice(2, 2)
 	if addr.val != nil {
 		w.p.setDst(addr, certain)
-		if name == "nat" {
-			text += " to " + natText(addr)
-			w.moved(addr, certain)
-		}
 	}
 	if port.val != nil && hasPorts(w.packet.Protocol) {
 		w.p.transport.put(2, port, certain)
 		text += " to port " + natText(port)
 	}
-	w.p.dnat = maybe
-	if certain {
+	// What is rewritten to what it was is not called rewritten (nf_nat_setup_info).
+	sameAddr, _ := w.p.dst().equal(oldAddr.val)
+	samePort, _ := w.p.transport.slice(2, 2).equal(oldPort.val)
+	switch {
+	case !certain || !oldAddr.complete() || !oldPort.complete():
+		w.p.dnat = maybe
+	case sameAddr == no || samePort == no:
 		w.p.dnat = yes
+	case sameAddr == maybe || samePort == maybe:
+		w.p.dnat = maybe
 	}
 	r.rewritten(text)
 	w.note(fmt.Sprintf("table %s %s, chain %s rewrites the destination (%s): what follows sees the new one", r.t.name(), r.t.title, w.at.Chain, text))
+	r.bound()
 }
 
 func natText(b bits) string {
@@ -743,72 +786,6 @@ func (r *ruleRun) exthdr(data []byte) {
 	default:
 		r.meet(no, true, plainHeader)
 		r.reg.forget()
-	}
-}
-
-// match and target are those of xtables, as iptables-nft writes them. Their
-// bytes are not read.
-func (r *ruleRun) match(data []byte) {
-	name := attrText(data, unix.NFTA_MATCH_NAME)
-	r.say("xt match %q", name)
-	if name != "comment" {
-		r.meet(maybe, false, fmt.Sprintf("expression match %q of iptables", name))
-	}
-}
-
-func (r *ruleRun) xtTarget(data []byte) {
-	name := attrText(data, unix.NFTA_TARGET_NAME)
-	r.say("xt target %q", name)
-	switch name {
-	case "", "standard":
-		// struct xt_standard_target: the verdict less one, negative.
-		info := attrOf(data, unix.NFTA_TARGET_INFO)
-		if len(info) < 4 {
-			r.outside("a verdict that cannot be read")
-			return
-		}
-		const xtReturn = -5
-		switch v := int32(binary.NativeEndian.Uint32(info)); v {
-		case -verdictDrop - 1, -verdictAccept - 1:
-			r.setVerdict(-v-1, "")
-		case xtReturn:
-			r.setVerdict(unix.NFT_RETURN, "")
-		default:
-			r.outside(fmt.Sprintf("verdict %d of iptables", v))
-		}
-	case "REJECT":
-		if r.acts() {
-			r.end = endReject
-		}
-	case "MASQUERADE", "SNAT":
-		r.nat("masq", nil)
-	case "REDIRECT", "DNAT":
-		if !r.acts() {
-			return
-		}
-		w := r.w
-		w.p.transport.put(2, blank(2, ""), false)
-		w.p.setDst(blank(len(w.p.dst().val), ""), false)
-		if name == "DNAT" {
-			w.p.elsewhere = maybe
-		}
-		w.p.dnat, w.bound, r.end = maybe, maybe, endAccept
-		if r.sure() {
-			w.p.dnat, w.bound = yes, yes
-		}
-		r.rewritten("to a place that is not known here")
-	case "MARK":
-		if r.acts() {
-			r.w.p.mark.put(0, blank(4, ""), true)
-		}
-	case "CT", "NOTRACK":
-		if r.acts() && r.w.ct == ctNone {
-			r.w.ct = ctUnknown
-		}
-	case "LOG", "NFLOG", "TRACE", "AUDIT", "CONNMARK", "CLASSIFY", "TOS", "DSCP", "TTL", "HL", "TCPMSS", "CHECKSUM", "SET",
-		"RATEEST", "IDLETIMER", "LED", "SECMARK", "CONNSECMARK":
-	default:
-		r.outside(fmt.Sprintf("expression target %q of iptables", name))
 	}
 }
 

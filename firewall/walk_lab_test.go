@@ -57,6 +57,10 @@ func newLab(t *testing.T) *lab {
 	}
 	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: labInterface}, PeerName: "outside"}))
 	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "docker0"}, PeerName: "inside"}))
+	for _, name := range []string{"outside", "inside"} {
+		// Else they would speak on their own, and be counted.
+		must(t, os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/disable_ipv6", []byte("1"), 0o644))
+	}
 	for _, name := range []string{"lo", "outside", labInterface, "docker0", "inside"} {
 		l, err := netlink.LinkByName(name)
 		must(t, err)
@@ -91,6 +95,7 @@ func newLab(t *testing.T) *lab {
 	t.Cleanup(func() { unix.Close(fd) })
 	must(t, unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: out.Attrs().Index}))
 	l := &lab{t: t, c: dial(t), fd: fd, mac: host.Attrs().HardwareAddr, port: 20000}
+	// Only frames for this host are counted: it hears its own multicast, too.
 	l.load(`
 table inet witness {
 	counter arrived {}
@@ -98,15 +103,15 @@ table inet witness {
 	counter refused {}
 	chain first {
 		type filter hook prerouting priority -1073741824
-		iifname "eth0" counter name arrived
+		iifname "eth0" meta pkttype host counter name arrived
 	}
 	chain last {
 		type filter hook input priority 1073741824
-		iifname "eth0" counter name accepted
+		iifname "eth0" meta pkttype host counter name accepted
 	}
 	chain through {
 		type filter hook forward priority 1073741824
-		iifname "eth0" counter name accepted
+		iifname "eth0" meta pkttype host counter name accepted
 	}
 	chain answer {
 		type filter hook output priority -1073741824

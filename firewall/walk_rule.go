@@ -14,7 +14,7 @@ import (
 type walker struct {
 	rules  *liveRules
 	host   *hostView
-	lookup func(*liveTable, *liveSet, []byte) ([]byte, error) // an element's attributes, or nil
+	sets   elementReader
 	packet rules.Packet
 	in     string
 
@@ -35,8 +35,14 @@ type walker struct {
 	err      error
 }
 
-func newWalker(k *liveRules, h *hostView, p rules.Packet, lookup func(*liveTable, *liveSet, []byte) ([]byte, error)) *walker {
-	w := &walker{rules: k, host: h, lookup: lookup, packet: p, in: p.In, p: newPacket(p), budget: maxRules, sure: true}
+// elementReader reads sets: one element by its key, or all of a small set.
+type elementReader interface {
+	element(t *liveTable, s *liveSet, key []byte) ([]byte, error)
+	allElements(t *liveTable, s *liveSet) ([][]byte, error)
+}
+
+func newWalker(k *liveRules, h *hostView, p rules.Packet, sets elementReader) *walker {
+	w := &walker{rules: k, host: h, sets: sets, packet: p, in: p.In, p: newPacket(p), budget: maxRules, sure: true}
 	if w.in == "lo" {
 		w.track() // it was tracked on its way out
 	}

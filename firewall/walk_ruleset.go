@@ -51,6 +51,8 @@ type liveSet struct {
 	keyLen int
 	flags  uint32
 	object uint32 // of a map to objects: NFT_OBJECT_*
+	fields []int  // lengths of the parts of a concatenation, in bytes
+	small  bool   // few enough elements to read them all
 }
 
 type liveObject struct {
@@ -91,6 +93,9 @@ const (
 	walkHookDevs     = 4    // NFTA_HOOK_DEVS
 	walkDeviceName   = 1    // NFTA_DEVICE_NAME
 	walkDevicePrefix = 2    // NFTA_DEVICE_PREFIX
+	walkSetCount     = 20   // NFTA_SET_COUNT
+	walkDescConcat   = 2    // NFTA_SET_DESC_CONCAT
+	walkFieldLen     = 1    // NFTA_SET_FIELD_LEN
 	walkElemKeyEnd   = 10   // NFTA_SET_ELEM_KEY_END
 	walkElemExprs    = 11   // NFTA_SET_ELEM_EXPRESSIONS
 	walkElemCatchall = 0x2  // NFT_SET_ELEM_CATCHALL
@@ -214,6 +219,14 @@ func (t *liveTable) takeSet(attrs []byte) {
 		title: attrText(attrs, unix.NFTA_SET_NAME), keyLen: int(attrNumber(attrs, unix.NFTA_SET_KEY_LEN)),
 		flags: attrNumber(attrs, unix.NFTA_SET_FLAGS), object: attrNumber(attrs, unix.NFTA_SET_OBJ_TYPE),
 	}
+	desc := attrOf(attrs, unix.NFTA_SET_DESC)
+	for _, f := range attributes(attrOf(desc, walkDescConcat)) {
+		s.fields = append(s.fields, int(attrNumber(f, walkFieldLen)))
+	}
+	const few = 10000
+	count := attrOf(attrs, walkSetCount) // since Linux 6.14
+	size := attrOf(desc, unix.NFTA_SET_DESC_SIZE)
+	s.small = count != nil && be32(count) < few || size != nil && be32(size) < few || count == nil && s.flags&unix.NFT_SET_ANONYMOUS != 0
 	t.sets[s.title] = s
 }
 
@@ -282,4 +295,49 @@ func (c *Conn) oneElement(t *liveTable, s *liveSet, el []byte) ([]byte, error) {
 		return nil, fmt.Errorf("look up in set %s of table %s %s: %w", s.title, t.name(), t.title, err)
 	}
 	return out, nil
+}
+
+// allElements reads a small set; nil when it is not.
+func (c *Conn) allElements(t *liveTable, s *liveSet) ([][]byte, error) {
+	if !s.small {
+		return nil, nil
+	}
+	q := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, t.title)
+	q = attrString(q, unix.NFTA_SET_ELEM_LIST_SET, s.title)
+	out := [][]byte{}
+	err := c.ask(unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP, t.family, q, func(r reply) error {
+		for _, e := range attributes(attrOf(r.attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
+			out = append(out, bytes.Clone(e))
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read set %s of table %s %s: %w", s.title, t.name(), t.title, err)
+	}
+	return out, nil
+}
+
+// mayHold reports whether an element may match a key of which only some bits
+// are known. Of plain intervals it says yes: their ends stand apart.
+func (s *liveSet) mayHold(el []byte, key bits) bool {
+	from, to := dataValue(el, unix.NFTA_SET_ELEM_KEY), dataValue(el, walkElemKeyEnd)
+	if from == nil || s.flags&unix.NFT_SET_INTERVAL != 0 && to == nil {
+		return true
+	}
+	if to == nil {
+		t, _ := key.equal(from)
+		return t != no
+	}
+	at := 0
+	for _, n := range s.fields {
+		if n <= 0 || at+n > len(key.val) || at+n > len(from) || at+n > len(to) {
+			return true
+		}
+		part := key.slice(at, n)
+		if bytes.Compare(part.high(), from[at:at+n]) < 0 || bytes.Compare(part.low(), to[at:at+n]) > 0 {
+			return false
+		}
+		at += (n + 3) &^ 3 // a part begins at a register
+	}
+	return true
 }

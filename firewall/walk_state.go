@@ -55,7 +55,12 @@ func (r *ruleRun) ct(data []byte) {
 	w := r.w
 	if sreg := attrOf(data, unix.NFTA_CT_SREG); sreg != nil {
 		if r.acts() && key == unix.NFT_CT_MARK {
-			w.p.ctMark.put(0, r.reg.get(be32(sreg), 4), r.sure())
+			switch w.seen() {
+			case ctNew, ctReply, ctRelated:
+				w.p.ctMark.put(0, r.reg.get(be32(sreg), 4), r.sure())
+			case ctUnknown:
+				w.p.ctMark.put(0, r.reg.get(be32(sreg), 4), false)
+			}
 		}
 		return
 	}
@@ -74,13 +79,18 @@ func (r *ruleRun) ct(data []byte) {
 	r.reg.set(attrNumber(data, unix.NFTA_CT_DREG), b)
 }
 
+// seen is what conntrack has said by now.
+func (w *walker) seen() tracking {
+	if w.ct == ctNone && w.hk == unix.NF_INET_PRE_ROUTING && w.prio == priorityConntrack {
+		return ctUnknown // beside conntrack itself: before or after
+	}
+	return w.ct
+}
+
 // ctValue is what ct loads (nft_ct_get_eval); no ends the rule, maybe leaves
 // open whether it does.
 func (w *walker) ctValue(key uint32, reply bool) (bits, truth) {
-	now := w.ct
-	if now == ctNone && w.hk == unix.NF_INET_PRE_ROUTING && w.prio == priorityConntrack {
-		now = ctUnknown // beside conntrack itself: before or after
-	}
+	now := w.seen()
 	if key == unix.NFT_CT_STATE {
 		bit := map[tracking]uint32{ctNone: stateInvalidBit, ctNew: stateNewBit, ctReply: stateEstablishedBit,
 			ctRelated: stateRelatedBit, ctInvalid: stateInvalidBit, ctUntracked: stateUntrackedBit}[now]

@@ -1,8 +1,12 @@
 package firewall
 
 import (
+	"fmt"
+	"net/netip"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"deadlight/rules"
 )
@@ -439,6 +443,81 @@ func TestWalkWithoutRules(t *testing.T) {
 		must(t, err)
 		if j.Verdict != WalkAccept || j.By.String() != "no chain judges it" {
 			t.Errorf("%s", tell(j))
+		}
+	})
+}
+
+// A set of any size costs one question, and a Conn of another namespace answers
+// for that one.
+func TestWalkLargeSetsElsewhere(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		l := newLab(t)
+		var list strings.Builder
+		for i := range 60000 {
+			fmt.Fprintf(&list, "%q,\n", fmt.Sprintf("11.%d.%d.0/25", i>>8, i&255))
+		}
+		rs := ruleset(t, "[open.web]\nports = 80\nfrom = \"@many\"\n[set.many]\naddresses = [\n"+list.String()+"]\n")
+		mustApply(t, l.c, rs)
+		here, err := os.Open("/proc/thread-self/ns/net")
+		must(t, err)
+		defer here.Close()
+		done := make(chan struct{})
+		go func() { // on a thread of the namespace that the tests began in
+			defer close(done)
+			c, err := Dial(here)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			for src, want := range map[string]Verdict{"11.7.9.127": WalkAccept, "11.7.9.128": WalkDrop} {
+				start := time.Now()
+				p := l.to(rules.TCP, 80, src)
+				j, err := c.Walk(p)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if same, _ := Compare(rs.Decide(p), j); !same || j.Verdict != want {
+					t.Errorf("%s: %s", src, tell(j))
+				}
+				for _, n := range j.Notes {
+					t.Errorf("note without need: %s", n) // the address is known only there
+				}
+				if took := time.Since(start); took > 2*time.Second {
+					t.Errorf("took %s", took)
+				}
+			}
+		}()
+		<-done
+	})
+}
+
+// A packet of which little is given: what is assumed is said where it mattered.
+func TestWalkSaysWhatItAssumes(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		l := newLab(t)
+		l.load(`table inet t {
+			chain base { type filter hook input priority 0; policy accept;
+				iifname "wg0" tcp dport 22 drop
+				tcp sport 1-1023 tcp dport 23 drop
+				ip ttl 255 tcp dport 24 drop
+				fib daddr type local tcp dport 25 drop
+				meta mark 7 tcp dport 26 drop
+			}
+		}`)
+		for port, note := range map[uint16]string{
+			22: "the packet enters by an interface that no rule names", 23: "the source port is an ephemeral one", 24: "the hop limit is 64",
+			25: "the destination is an address of this host", 26: "the packet arrives without a mark", 27: "",
+		} {
+			p := rules.Packet{Src: netip.MustParseAddr(outsider), Dst: netip.MustParseAddr("203.0.113.1"), Protocol: rules.TCP, DstPort: port}
+			j := l.walk(p)
+			if want := map[bool]Verdict{true: WalkDrop, false: WalkAccept}[port == 25]; j.Verdict != want {
+				t.Errorf("%d: %s", port, tell(j))
+			}
+			if note == "" && len(j.Notes) > 0 || note != "" && (len(j.Notes) != 1 || !strings.Contains(j.Notes[0], note)) {
+				t.Errorf("%d: notes %q, want %q", port, j.Notes, note)
+			}
 		}
 	})
 }
