@@ -1,8 +1,11 @@
 package firewall
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -83,10 +86,11 @@ func clear(table string, is *Snapshot, want *encoded) []message {
 	if err != nil {
 		wanted = newSnapshot() // then nothing stays
 	}
-	// A meter whose rule did not change keeps what it has counted.
+	// A meter whose rules did not change keeps what it has counted. Its elements
+	// carry the limit they were made with: a changed one must begin anew.
 	stays := func(name string) bool {
 		set := is.sets[name]
-		return set.meter && set.definition == wanted.sets[name].definition
+		return set.meter && set.definition == wanted.sets[name].definition && slices.Equal(is.users(name), wanted.users(name))
 	}
 	del := func(typ, tableAttr, nameAttr uint16, name, what string) message {
 		b := attrString(nil, tableAttr, table)
@@ -98,12 +102,15 @@ func clear(table string, is *Snapshot, want *encoded) []message {
 	out := []message{del(unix.NFT_MSG_DELRULE, unix.NFTA_RULE_TABLE, 0, "", "the old rules")}
 	// Maps hold on to the chains they jump to.
 	for _, name := range sortedKeys(is.sets) {
-		if !is.sets[name].anonymous && !stays(name) {
+		if !is.sets[name].anonymous && !is.sets[name].constant && !stays(name) {
 			out = append(out, del(unix.NFT_MSG_DELSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, "the elements of set"))
 		}
 	}
 	for _, name := range sortedKeys(is.chains) {
 		// The hook and priority of a base chain cannot change in place.
+		if is.chains[name].anonymous {
+			continue
+		}
 		if !is.chains[name].base || is.chains[name].hook != wanted.chains[name].hook {
 			out = append(out, del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, name, "chain"))
 		}
@@ -123,6 +130,20 @@ func clear(table string, is *Snapshot, want *encoded) []message {
 	}
 	for _, name := range sortedKeys(is.flowtables) {
 		out = append(out, del(unix.NFT_MSG_DELFLOWTABLE, nftaFlowTable, nftaFlowName, name, "flowtable"))
+	}
+	return out
+}
+
+// users are the rules that name a set.
+func (s *Snapshot) users(set string) []string {
+	name := hex.EncodeToString(append([]byte(set), 0))
+	var out []string
+	for _, chain := range sortedKeys(s.chains) {
+		for _, r := range s.chains[chain].rules {
+			if strings.Contains(r.raw, ":"+name+" ") {
+				out = append(out, chain+" "+r.raw)
+			}
+		}
 	}
 	return out
 }

@@ -34,6 +34,7 @@ type Snapshot struct {
 type chainState struct {
 	definition string
 	base       bool
+	anonymous  bool   // it ends with the rule that jumps to it
 	hook       string // what cannot change in place
 	rules      []ruleState
 }
@@ -46,9 +47,11 @@ type ruleState struct {
 type setState struct {
 	definition string
 	anonymous  bool
+	constant   bool
 	meter      bool      // filled by packets: its elements are no part of a ruleset
 	elements   []string  // canonical, sorted
-	until      time.Time // when the last of its elements vanishes; zero: never
+	// first and last say when elements vanish by themselves; zero: none does.
+	first, last time.Time
 }
 
 type objectState struct {
@@ -68,12 +71,13 @@ func newSnapshot() *Snapshot {
 // kernel counts, what a transaction numbers.
 
 func skipTable() []uint16 {
-	return []uint16{unix.NFTA_TABLE_NAME, unix.NFTA_TABLE_USE, nftaTableHandle}
+	// The comment cannot change in place, and judges nothing.
+	return []uint16{unix.NFTA_TABLE_NAME, unix.NFTA_TABLE_USE, nftaTableHandle, nftaTableUserdata}
 }
 
 func skipChain() []uint16 {
 	return []uint16{unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, unix.NFTA_CHAIN_HANDLE, unix.NFTA_CHAIN_USE,
-		unix.NFTA_CHAIN_COUNTERS, nftaChainFlags, nftaChainID}
+		unix.NFTA_CHAIN_COUNTERS, nftaChainFlags, nftaChainID, nftaChainUserdata}
 }
 
 func skipRule() []uint16 {
@@ -91,6 +95,8 @@ const (
 	nftaTableUserdata = 6
 	nftaChainFlags    = 10
 	nftaChainID       = 11
+	nftaChainUserdata = 12
+	nftChainBinding   = 1 << 2
 	nftaRuleID        = 9
 	nftaSetHandle     = 16
 	nftaSetType       = 19
@@ -118,6 +124,7 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 		name := cString(get(unix.NFTA_CHAIN_NAME))
 		ch := s.chains[name]
 		ch.definition = canonical(attrs, skipChain(), chainShape())
+		ch.anonymous = be32(get(nftaChainFlags))&nftChainBinding != 0
 		if hook := get(unix.NFTA_CHAIN_HOOK); hook != nil {
 			ch.base = true
 			ch.hook = canonical(hook, nil, nil) + " " + cString(get(unix.NFTA_CHAIN_TYPE))
@@ -135,15 +142,24 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 		set.definition = canonical(attrs, skipSet(), setShape())
 		flags := be32(get(unix.NFTA_SET_FLAGS))
 		set.anonymous, set.meter = flags&unix.NFT_SET_ANONYMOUS != 0, flags&unix.NFT_SET_EVAL != 0
+		set.constant = flags&unix.NFT_SET_CONSTANT != 0
 		s.sets[name] = set
 	case unix.NFT_MSG_NEWSETELEM:
 		name := cString(get(unix.NFTA_SET_ELEM_LIST_SET))
 		set := s.sets[name]
 		for _, el := range attributes(get(unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
-			set.elements = append(set.elements, canonical(el, []uint16{unix.NFTA_SET_ELEM_TIMEOUT, unix.NFTA_SET_ELEM_EXPIRATION}, elementShape()))
-			if left := timeLeft(el); left > 0 && s.at.Add(left).After(set.until) {
-				set.until = s.at.Add(left)
+			text := canonical(el, []uint16{unix.NFTA_SET_ELEM_TIMEOUT, unix.NFTA_SET_ELEM_EXPIRATION}, elementShape())
+			if left := timeLeft(el); left > 0 {
+				text += "vanishes"
+				end := s.at.Add(left)
+				if set.first.IsZero() || end.Before(set.first) {
+					set.first = end
+				}
+				if end.After(set.last) {
+					set.last = end
+				}
 			}
+			set.elements = append(set.elements, text)
 		}
 		s.sets[name] = set
 	case unix.NFT_MSG_NEWOBJ:
@@ -244,6 +260,10 @@ func exprShape(name string) shape {
 // of zero bytes only is left out: the kernel treats it like an absent one, and
 // dumps some that nobody sent.
 func canonical(b []byte, skip []uint16, sh shape) string {
+	return canonicalAttrs(b, skip, sh, false)
+}
+
+func canonicalAttrs(b []byte, skip []uint16, sh shape, keepZeros bool) string {
 	type item struct {
 		typ  uint16
 		text string
@@ -257,7 +277,7 @@ func canonical(b []byte, skip []uint16, sh shape) string {
 			if text := canonical(v, nil, inner); text != "" {
 				items = append(items, item{t, "{" + text + "}"})
 			}
-		} else if len(bytes.Trim(v, "\x00")) > 0 {
+		} else if keepZeros || len(bytes.Trim(v, "\x00")) > 0 {
 			items = append(items, item{t, hex.EncodeToString(v)})
 		}
 	}
@@ -289,7 +309,8 @@ func canonicalRule(attrs []byte) string {
 					data = v
 				}
 			}
-			fmt.Fprintf(&out, "[%s %s]", name, canonical(data, nil, exprShape(name)))
+			// Group 0 and level 0 of a log are two different things.
+			fmt.Fprintf(&out, "[%s %s]", name, canonicalAttrs(data, nil, exprShape(name), name == "log"))
 		}
 	}
 	return out.String() + canonical(attrs, append(skipRule(), unix.NFTA_RULE_EXPRESSIONS), nil)

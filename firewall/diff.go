@@ -47,7 +47,7 @@ func Diff(is, wanted *Snapshot) []Difference {
 		if a.definition != b.definition {
 			return []Difference{{"change", "set", name}}
 		}
-		if d := a.until.Sub(b.until).Abs(); d > clockSlack {
+		if a.first.Sub(b.first).Abs() > clockSlack || a.last.Sub(b.last).Abs() > clockSlack {
 			return []Difference{{"change", "set", name}} // it ends at another time
 		}
 		return diffElements(name, a.elements, b.elements)

@@ -283,7 +283,7 @@ func (c *compiler) echo() []Rule {
 		case i.Rate.PerSource:
 			e = append(e, c.meter("echo_rate", v4, i.Rate, 0))
 		default:
-			e = append(e, c.limit("rate_echo", *i.Rate))
+			e = append(e, c.limit("echo_limit", *i.Rate))
 		}
 		r = append(r, line("echo", append(e, c.count("c_echo"), accept())...))
 	}
@@ -343,7 +343,6 @@ func (c *compiler) backstopInput() Chain {
 	for _, p := range []Protocol{ICMPv4, ICMPv6, IGMP} {
 		r = append(r, line("judged by the gate", l4proto(p), c.count(pass), accept()))
 	}
-	r = append(r, line("transit taken in by tproxy", Match{Field: FibDaddrType, Number: AddrUnicast}, c.count(pass), accept()))
 	r = append(r, c.dhcp(pass)...)
 	if c.policy.Default.IgnorePublished {
 		r = append(r, line("published", Match{Field: CtStatus, Number: StatusDNAT}, c.count(pass), accept()))
@@ -443,6 +442,12 @@ func (c *compiler) backstopForward() Chain {
 				r = append(r, line("listed "+p.String(), dnat, l4proto(p),
 					MatchSet{Field: CtOriginalProtoDst, Set: listedSet(p)}, c.count(pass), accept()))
 			}
+		}
+		for _, p := range []Protocol{ICMPv4, ICMPv6} {
+			r = append(r, line("judged by the gate", dnat, l4proto(p), c.count(pass), accept()))
+		}
+		if len(plainCodes(&c.open.index)) > 0 {
+			r = append(r, line("listed protocols", dnat, MatchSet{Field: MetaL4proto, Set: "protocols_listed"}, c.count(pass), accept()))
 		}
 		for _, i := range c.open.index.any {
 			for _, rule := range c.trusted(i, pass) {

@@ -121,8 +121,15 @@ func (s *Set) Left(now time.Time) time.Duration {
 	if s.Until.IsZero() {
 		return -1
 	}
-	return max(s.Until.Sub(now), 0)
+	left := s.Until.Sub(now)
+	if left > farAway {
+		return -1
+	}
+	return max(left, 0)
 }
+
+// farAway is as good as never, and within what a duration holds.
+const farAway = 200 * 365 * 24 * time.Hour
 
 // longestTimeout is what nft 1.0.6 surely reads; more it calls too large.
 const longestTimeout = 365 * 24 * time.Hour

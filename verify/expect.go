@@ -33,8 +33,9 @@ type Expectation struct {
 	Outcome rules.Outcome
 	Rule    string // that admits it
 	// Either says that the policy decides by an interface that is not known
-	// here: both outcomes are as it says.
-	Either bool
+	// here; Unnamed is then the outcome by one that no rule names.
+	Either  bool
+	Unnamed rules.Outcome
 	// Limited says that it is admitted only within a rate or a number of
 	// connections, which the probes themselves use up.
 	Limited bool
@@ -100,12 +101,18 @@ func (e expecter) expect(p *Path, proto rules.Protocol, port uint16) Expectation
 		if i > 0 && d.Outcome != x.Outcome {
 			x.Either = true
 		}
+		if i == 0 {
+			x.Unnamed = d.Outcome
+		}
 		if i == 0 || d.Outcome == rules.OutcomeOpen {
 			x.Outcome, x.Rule = d.Outcome, d.Rule
 		}
 	}
 	return x
 }
+
+// unnamed is the expectation of an interface that no rule names.
+func (x Expectation) unnamed() Expectation { return Expectation{Outcome: x.Unnamed, Rule: x.Rule} }
 
 // agrees reports whether an answer is what the policy says. A listed port is as
 // it should be when it is reachable, listener or not.
@@ -115,8 +122,6 @@ func (x Expectation) agrees(a Answer, proto rules.Protocol) bool {
 	}
 	open := a.State == Open || a.State == Closed
 	switch {
-	case x.Either || x.Limited:
-		return true
 	case x.Outcome == rules.OutcomeOpen:
 		return open
 	case x.Outcome == rules.OutcomeFiltered:

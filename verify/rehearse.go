@@ -113,6 +113,10 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if other := otherProtocols(cfg.Rules.Policy); other != "" {
 		report.Notes = append(report.Notes, "not probed: "+other)
 	}
+	if len(outlook.Links) > 1 {
+		report.Notes = append(report.Notes, fmt.Sprintf("every port was probed by %s; by %s only those of the rules that name them",
+			outlook.Links[0], strings.Join(outlook.Links[1:], ", ")))
+	}
 	if outlook.Unprobed > 0 {
 		report.Notes = append(report.Notes, fmt.Sprintf("%s of restricted openings not looked from: too many, or no packet may carry them",
 			count(outlook.Unprobed, "source", "sources")))

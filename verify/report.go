@@ -42,8 +42,9 @@ type Report struct {
 	// Notes tell what the verdict does not cover.
 	Notes []string `json:"notes"`
 
-	ports int // judged in sweeps
-	views int // of restricted rules
+	ports int  // judged in sweeps
+	exact bool // the tripwire saw every probe arrive
+	views int  // of restricted rules
 }
 
 // Listening counts the listeners of a throw-away host.
@@ -146,14 +147,16 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 	if cfg.HostProof != nil {
 		r.Proof = "host"
 	}
-	j := judge{cfg: cfg, report: r}
+	j := judge{cfg: cfg, report: r, either: map[string][]uint16{}, limited: map[string][]uint16{}, admitted: map[string]bool{}, silent: map[string][]uint16{}}
 	for i := range cfg.Views {
 		j.view(&cfg.Views[i], &res.Paths[i])
 		if !cfg.Views[i].Sweep {
 			r.views++
 		}
 	}
+	j.neverAdmitted()
 	r.Notes = append(r.Notes, j.notes()...)
+	r.exact = cfg.HostProof != nil && !j.inexact
 	sort.SliceStable(r.Findings, func(a, b int) bool {
 		x, y := &r.Findings[a], &r.Findings[b]
 		if (x.Observed == Unknown) != (y.Observed == Unknown) {
@@ -171,16 +174,44 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 		}
 		r.Verdict = Inconclusive
 	}
+	if r.Verdict == Pass && len(j.either) > 0 {
+		r.Verdict = Inconclusive
+	}
+	if r.Verdict == Pass && !r.exact && r.Counts.Filtered > 0 && res.Bound > defaultMissBound && (r.States["tcp4"].Filtered != "" || r.States["tcp6"].Filtered != "") {
+		r.Verdict = Inconclusive
+		r.Notes = append(r.Notes, fmt.Sprintf("too much was lost on the way: an answer may have been missed with a chance of up to %.0e", res.Bound))
+	}
 	return r
+}
+
+// neverAdmitted finds limited openings that a tripwire saw admit nobody: the
+// first probe at least keeps within any limit.
+func (j *judge) neverAdmitted() {
+	for i := range j.cfg.Rules.Policy.Open {
+		o := &j.cfg.Rules.Policy.Open[i]
+		if admitted, seen := j.admitted[o.Name]; !seen || admitted {
+			continue
+		}
+		f := Finding{Protocol: "any", Expected: rules.OutcomeOpen.String(), Observed: Filtered, Reason: "no probe of this limited opening passed", Rule: o.Name}
+		for _, on := range o.On {
+			if len(on.Ports) > 0 {
+				f.Protocol, f.Port = on.Protocol.String(), on.Ports[0].Lo
+				break
+			}
+		}
+		j.report.Findings = append(j.report.Findings, f)
+	}
 }
 
 type judge struct {
 	cfg      JudgeConfig
 	report   *Report
-	unproved int      // UDP ports whose silence nothing but the path vouches for
-	either   int      // ports that hang on an interface we do not know
-	limited  []string // ports that a rate or a number of connections limits
-	silent   []string
+	unproved int  // UDP ports whose silence nothing but the path vouches for
+	inexact  bool // the tripwire did not see every probe of a view arrive
+	// By protocol: ports that answer as only another interface allows, ports that
+	// a rate or a number of connections limits, listed UDP ports without answer.
+	either, limited, silent map[string][]uint16
+	admitted                map[string]bool // by rule: a limited opening let a probe in
 }
 
 func (j *judge) view(v *View, res *PathResult) {
@@ -199,38 +230,51 @@ func (j *judge) view(v *View, res *PathResult) {
 			continue
 		}
 		exact := j.cfg.HostProof != nil && sent > 0 && j.cfg.HostProof.Arrived[proto][v.Path.SrcPort] >= sent
+		j.inexact = j.inexact || !exact
 		byState := [len(stateNames)][]uint16{}
 		for i, port := range ports {
 			a := j.settle(v, proto, port, answers[i], exact)
 			x := e.expect(&v.Path, proto, port)
 			byState[a.State] = append(byState[a.State], port)
-			name := fmt.Sprintf("%d/%s", port, proto)
 			if a.State == Open || a.State == Closed {
 				reachable[Target{proto, port}] = true
 			}
 			if v.Sweep {
-				j.report.ports++
 				*j.report.Counts.of(a.State)++
 				if x.Outcome == rules.OutcomeOpen && !x.Either {
 					j.report.Openings = append(j.report.Openings, Opening{fam, proto.String(), port, x.Rule, a.State})
 				}
 			}
 			switch {
-			case x.Either:
-				j.either++
-				continue
 			case x.Limited:
-				if !slices.Contains(j.limited, name) {
-					j.limited = append(j.limited, name)
+				j.limited[proto.String()] = append(j.limited[proto.String()], port)
+				if reachable[Target{proto, port}] {
+					j.admitted[x.Rule] = true
+				} else if exact && !j.admitted[x.Rule] {
+					j.admitted[x.Rule] = false
 				}
+				continue
+			case x.Either && !x.unnamed().agrees(a, proto):
+				j.either[proto.String()] = append(j.either[proto.String()], port)
 				continue
 			case proto == rules.UDP && a.State == Filtered && !exact:
 				j.unproved++
-				if x.Outcome == rules.OutcomeOpen {
+				if x.Outcome == rules.OutcomeOpen && !x.Either {
+					if j.cfg.HostProof != nil {
+						// There is a witness, and it did not see the probe arrive: nothing is proven.
+						a = Answer{Unknown, PathNotProven}
+						break
+					}
 					// Without host proof a listed UDP service may simply not answer.
-					j.silent = append(j.silent, name)
+					j.silent["udp"] = append(j.silent["udp"], port)
 					continue
 				}
+			}
+			if v.Sweep {
+				j.report.ports++
+			}
+			if x.Either {
+				continue
 			}
 			if !x.agrees(a, proto) {
 				wrong[Target{proto, port}] = true
@@ -308,15 +352,26 @@ func (j *judge) notes() []string {
 		out = append(out, fmt.Sprintf("%s: unproved: silence (no host proof)", count(j.unproved, "UDP port", "UDP ports")))
 	}
 	if len(j.silent) > 0 {
-		out = append(out, fmt.Sprintf("listed but silent: %s: over UDP that may be a service that does not answer", strings.Join(j.silent, ", ")))
+		out = append(out, fmt.Sprintf("listed but silent: %s: over UDP that may be a service that does not answer", portLists(j.silent)))
 	}
 	if len(j.limited) > 0 {
-		out = append(out, fmt.Sprintf("limited, so that probes may use the limit up: %s: reachable or silent, both are as the policy says", strings.Join(j.limited, ", ")))
+		out = append(out, fmt.Sprintf("limited, so that probes may use the limit up, and not judged: %s", portLists(j.limited)))
 	}
-	if j.either > 0 {
-		out = append(out, fmt.Sprintf("%s not judged: the policy decides by interface, and which one the probes enter by is not known here", count(j.either, "port", "ports")))
+	if len(j.either) > 0 {
+		out = append(out, fmt.Sprintf("not judged: %s: reachable, which the policy allows by some interfaces only; name the one by which the probes enter with --in", portLists(j.either)))
 	}
 	return out
+}
+
+// portLists writes "80,443/tcp, 53/udp".
+func portLists(byProtocol map[string][]uint16) string {
+	var out []string
+	for _, proto := range []string{"tcp", "udp"} {
+		if ports := byProtocol[proto]; len(ports) > 0 {
+			out = append(out, shorten(Ranges(union(nil, ports)), 90)+"/"+proto)
+		}
+	}
+	return strings.Join(out, ", ")
 }
 
 // Ranges writes ascending ports as "1-21,23".
@@ -424,6 +479,10 @@ func (r *Report) findings(b *strings.Builder) {
 		more := ""
 		if n := len(sources) - 2; n > 0 {
 			sources, more = sources[:2], fmt.Sprintf(" and %d more", n)
+		}
+		if len(l.sources) == 1 && l.sources[0] == "" {
+			fmt.Fprintf(w, "  %s\t%d/%s\t%s\texpected %s%s\t%s\t\n", word, f.Port, f.Protocol, f.Observed, expected, rule, f.Reason)
+			continue
 		}
 		fmt.Fprintf(w, "  %s\t%s/%s\t%s\texpected %s%s\t%s\tfrom %s%s%s\n", word, shorten(Ranges(l.ports), 60), f.Protocol, f.Observed,
 			expected, rule, f.Reason, strings.Join(sources, ", "), more, by)
@@ -536,7 +595,7 @@ func (r *Report) restrictions(b *strings.Builder) {
 func (r *Report) conclusion(b *strings.Builder) {
 	took := time.Duration(r.Seconds * float64(time.Second)).Round(100 * time.Millisecond)
 	proof := fmt.Sprintf("chance that a TCP answer was missed ≤ %.0e", r.Bound)
-	if r.Proof == "host" {
+	if r.exact {
 		proof += "; proven on the host: a tripwire saw every probe arrive, and pass only where the policy says"
 	}
 	views := ""
@@ -555,6 +614,10 @@ func (r *Report) conclusion(b *strings.Builder) {
 		}
 		fmt.Fprintf(b, "FAIL: %s in %s%s, %s\n", count(n, "finding", "findings"), count(r.ports, "port", "ports"), views, took)
 	case Inconclusive:
-		fmt.Fprintf(b, "INCONCLUSIVE: nothing can be said of %s: no canary answered there, so silence proves nothing\n", count(len(r.Findings), "port", "ports"))
+		if n := len(r.Findings); n > 0 {
+			fmt.Fprintf(b, "INCONCLUSIVE: nothing can be said of %s: the path was not proven alive, so silence proves nothing\n", count(n, "port", "ports"))
+		} else {
+			fmt.Fprintf(b, "INCONCLUSIVE: nothing is wrong with %s, but not all could be judged: see the notes\n", count(r.ports, "port", "ports"))
+		}
 	}
 }

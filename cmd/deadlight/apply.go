@@ -31,7 +31,7 @@ with deadlight check and try it with deadlight try before you apply it remotely.
 			}
 			if failed := failing(rs); len(failed) > 0 {
 				for _, f := range failed {
-					printf(e.stderr, "%s: %s\n", f.pos, f.text)
+					printf(e.stderr, "%s: %s\n", printable(f.pos.String()), printable(f.text))
 				}
 				return refused(errors.New("an expectation of the policy does not hold: ruleset as before"), "deadlight check "+file)
 			}

@@ -84,7 +84,7 @@ func check(e env, file string, strict bool) error {
 	}
 	failed := failing(rs)
 	for _, f := range failed {
-		printf(e.stderr, "%s: %s\n", f.pos, f.text)
+		printf(e.stderr, "%s: %s\n", printable(f.pos.String()), printable(f.text))
 	}
 	if len(failed) > 0 {
 		printf(e.stderr, "deadlight: %s of %d not as the policy says\n", plural(len(failed), "expectation"), len(p.Expect))

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"deadlight/rules"
@@ -40,7 +41,7 @@ func unusable(e env, problems []rules.Problem, consequence string) error {
 // parsePolicy reads a policy without printing anything; rs is nil if a problem
 // keeps it from being used.
 func parsePolicy(file string) (rs *rules.Ruleset, problems []rules.Problem, err error) {
-	src, err := os.ReadFile(file)
+	src, err := readFile(file)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && file == defaultPolicy:
 		return nil, nil, usageError("name a policy, or begin with one of the examples in configs/", "there is no policy at %s", file)
@@ -56,6 +57,33 @@ func parsePolicy(file string) (rs *rules.Ruleset, problems []rules.Problem, err 
 		return nil, problems, nil
 	}
 	return rules.Compile(p), inFileOrder(append(problems, p.Expired(time.Now())...)), nil
+}
+
+// largestFile is more than any policy or list may have; the parser says so in its
+// own words.
+const largestFile = 256<<20 + 1
+
+// readFile reads a regular file, or a pipe that the shell has opened for us: any
+// other pipe or device could keep us waiting, or never end.
+func readFile(name string) ([]byte, error) {
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	ours := strings.HasPrefix(name, "/dev/fd/") || strings.HasPrefix(name, "/proc/self/fd/") || name == "/dev/stdin"
+	if !info.Mode().IsRegular() && !(ours && info.Mode()&fs.ModeNamedPipe != 0) {
+		err := errors.New("not a regular file")
+		if info.IsDir() {
+			err = syscall.EISDIR
+		}
+		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
+	}
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, largestFile))
 }
 
 // inFileOrder sorts problems by place; files stay in the order they were read.
@@ -105,7 +133,7 @@ func (d disk) Glob(pattern string) ([]string, error) {
 }
 
 // ReadFile implements [rules.Files].
-func (d disk) ReadFile(name string) ([]byte, error) { return os.ReadFile(d.path(name)) }
+func (d disk) ReadFile(name string) ([]byte, error) { return readFile(d.path(name)) }
 
 // writeJSON prints one documented object.
 func writeJSON(w io.Writer, v any) error {

@@ -99,7 +99,7 @@ func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error
 		return refused(err, "")
 	}
 	if !f.json {
-		printf(e.stdout, "%s against %s, seen from %s:\n", report.Target, printable(file), report.Vantage)
+		printf(e.stdout, "%s against %s, seen from %s:\n", report.Target, printable(file), printable(report.Vantage))
 	}
 	return printReport(e, report, f.json)
 }
