@@ -372,6 +372,8 @@ func (m *model) otherICMP(p *packet, icmp rules.Protocol) {
 	switch {
 	case p.ICMPType < 128, p.ICMPType == 129, p.ICMPType == 200:
 		p.Flow = rules.InvalidFlow
+	case p.ICMPType == 137: // a redirect without the packet that it is about
+		p.Flow = rules.InvalidFlow
 	case p.ICMPType != 139: // a query for node information is tracked like a ping
 		p.body = make([]byte, 16) // a target, and no option that could teach the host something
 	}
