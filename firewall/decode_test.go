@@ -1,8 +1,11 @@
 package firewall
 
 import (
+	"errors"
 	"testing"
 	"time"
+
+	"deadlight/rules"
 )
 
 func FuzzDecode(f *testing.F) {
@@ -79,4 +82,49 @@ func TestDiffNamesEveryKind(t *testing.T) {
 	if d := Diff(b, snapshot(little)); len(d) != 1 || d[0].Kind != "flowtable" {
 		t.Errorf("a flowtable: %v", d)
 	}
+}
+
+// FuzzRoundTrip: what is encoded decodes to the same table again, whole.
+func FuzzRoundTrip(f *testing.F) {
+	for _, text := range []string{everything, others, observed, little, ""} {
+		f.Add([]byte("version = 1\n" + text))
+	}
+	f.Fuzz(func(t *testing.T, src []byte) {
+		p, _ := rules.Parse("policy.toml", src, nil)
+		if p == nil {
+			return
+		}
+		rs := rules.Compile(p)
+		now := time.Unix(0, 0)
+		decode := func() *Snapshot {
+			e, err := encode(&rs.Table, now)
+			var missing *NameError
+			if errors.As(err, &missing) {
+				return nil
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			s, err := snapshotOf(e.all(), now)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		a, b := decode(), decode()
+		if a == nil {
+			return
+		}
+		if d := Diff(a, b); d != nil {
+			t.Fatalf("two encodings differ: %v", d)
+		}
+		if len(a.chains) != len(rs.Table.Chains) || len(a.sets) != len(rs.Table.Sets) || len(a.objects) != len(rs.Table.Counters)+len(rs.Table.Limits) {
+			t.Errorf("decoded %d chains, %d sets, %d objects", len(a.chains), len(a.sets), len(a.objects))
+		}
+		for _, c := range rs.Table.Chains {
+			if n := len(a.chains[c.Name].rules); n != len(c.Rules) {
+				t.Errorf("chain %s: %d rules of %d", c.Name, n, len(c.Rules))
+			}
+		}
+	})
 }

@@ -120,6 +120,19 @@ func (w *wire) expect(t *testing.T, list ...sight) {
 	}
 }
 
+// aimed makes the first packet of a flow from src to the host.
+func aimed(link, src string, proto rules.Protocol, sport, dport uint16) *packet {
+	a := netip.MustParseAddr(src)
+	p := &packet{Packet: rules.Packet{In: link, Src: a, Dst: host4, Protocol: proto, SrcPort: sport, DstPort: dport}}
+	if a.Is6() {
+		p.Dst = host6
+	}
+	if proto == rules.TCP {
+		p.flags = syn
+	}
+	return p
+}
+
 // flow makes the first packet of a new flow to the host, by eth0.
 func (w *wire) flow(proto rules.Protocol, src string, port uint16) *packet {
 	w.port++
@@ -151,8 +164,9 @@ const (
 
 // answered gives what the host sends back for p before it answers a ping that
 // follows it.
-func (w *wire) answered(e *ear, p *packet) []answer {
+func (w *wire) answered(p *packet) []answer {
 	w.Helper()
+	e := w.listen("eth0") // a new one, that has heard of nothing before
 	ping := w.ping("198.18.0.1")
 	w.send(p, ping)
 	var all []answer
@@ -170,18 +184,17 @@ func (w *wire) answered(e *ear, p *packet) []answer {
 
 func testInput(t *testing.T) {
 	w := newWire(t)
-	e := w.listen("eth0")
 	for _, src := range []string{stranger4, stranger6} {
 		w.load(t, "[default]\ninput = \"drop\"\n[open.web]\nports = 80\n")
 		w.expect(t, in("a listed port", w.tcp(src, 80)), out("an unlisted port", w.tcp(src, 81)))
 		for _, p := range []*packet{w.tcp(src, 81), w.udp(src, 81), w.flow(rules.SCTP, src, 81), w.flow(rules.ESP, src, 0)} {
-			if a := w.answered(e, p); len(a) > 0 {
+			if a := w.answered(p); len(a) > 0 {
 				t.Errorf("drop: %s was answered: %+v", p, a)
 			}
 		}
 		w.load(t, "[default]\ninput = \"reject\"\n[open.web]\nports = 80\n[block.bad]\nfrom = [\"203.0.113.1\", \"2001:db8:bad::1\"]\n")
 		p := w.tcp(src, 81)
-		if a := w.answered(e, p); len(a) != 1 || !a[0].answers(p) || a[0].flags != rst|ack {
+		if a := w.answered(p); len(a) != 1 || !a[0].answers(p) || a[0].flags != rst|ack {
 			t.Errorf("reject: %s should draw a reset, not %+v", p, a)
 		}
 		for _, p := range []*packet{w.udp(src, 81), w.flow(rules.SCTP, src, 81), w.flow(rules.ESP, src, 0)} {
@@ -190,14 +203,14 @@ func testInput(t *testing.T) {
 			if p.Src.Is6() {
 				want = [2]byte{1, 1}
 			}
-			if a := w.answered(e, p); len(a) != 1 || a[0].ICMPType != want[0] || a[0].code != want[1] {
+			if a := w.answered(p); len(a) != 1 || a[0].ICMPType != want[0] || a[0].code != want[1] {
 				t.Errorf("reject: %s should draw an error %d, not %+v", p, want, a)
 			}
 		}
 		w.expect(t, in("a listed port", w.tcp(src, 80)), out("an unlisted port", w.tcp(src, 81)))
 	}
 	p := w.tcp("203.0.113.1", 80)
-	if a := w.answered(e, p); len(a) > 0 {
+	if a := w.answered(p); len(a) > 0 {
 		t.Errorf("a block under reject was answered: %+v", a)
 	}
 }
@@ -1145,7 +1158,7 @@ ports = 80
 [open.own]
 service = "own"
 [block.bad]
-from = "@bad"
+from = ["@bad", "@perhaps"]
 [egress.dns]
 ports = 53
 [default]
@@ -1154,15 +1167,17 @@ output = "drop"
 files = ["lists/admins.txt"]
 addresses = "10.3.0.1"
 [set.bad]
+addresses = "10.66.0.1"
+[set.perhaps]
 files = "lists/absent.txt"
 optional = true
-addresses = "10.66.0.1"
+addresses = "10.69.0.1"
 [service.own]
 ports = 9100
 `
 	texts := map[string]string{
 		"conf.d/10.toml":   "[open.mail]\nports = 25\n",
-		"conf.d/20.toml":   "[open.web]\noverride = true\nports = 8080\n[block.bad]\noverride = true\nfrom = \"10.67.0.1\"\n",
+		"conf.d/20.toml":   "[open.web]\noverride = true\nports = 8080\n[block.bad]\noverride = true\nfrom = [\"10.67.0.1\", \"@bad\", \"@perhaps\"]\n",
 		"more.toml":        "[egress.dns]\noverride = true\nports = 853\n[set.bad]\noverride = true\naddresses = \"10.68.0.1\"\n[service.own]\noverride = true\nports = 9200\n",
 		"lists/admins.txt": "# offices\n10.0.0.0/24\n10.1.0.5-10.1.0.6 # two\n2001:db8:f::/64\n\n",
 	}
@@ -1185,7 +1200,8 @@ ports = 9100
 		in("of a list", w.tcp("10.0.0.77", 22)), in("of a list, a range", w.tcp("10.1.0.6", 22)), out("beside", w.tcp("10.1.0.7", 22)),
 		in("of a list, IPv6", w.tcp("2001:db8:f::9", 22)), in("of addresses", w.tcp("10.3.0.1", 22)), out("a stranger", w.tcp(stranger4, 22)),
 		in("included", w.tcp(stranger4, 25)), in("overriding", w.tcp(stranger4, 8080)), out("overridden", w.tcp(stranger4, 80)),
-		out("an overriding block", w.tcp("10.67.0.1", 25)), in("an overridden block and set", w.tcp("10.66.0.1", 25)), in("an overriding set that nobody names", w.tcp("10.68.0.1", 25)),
+		out("an overriding block", w.tcp("10.67.0.1", 25)), in("an overridden set", w.tcp("10.66.0.1", 25)), out("an overriding set", w.tcp("10.68.0.1", 25)),
+		out("a set whose list is missing", w.tcp("10.69.0.1", 25)),
 		in("an overriding service", w.tcp(stranger4, 9200)), out("an overridden service", w.tcp(stranger4, 9100)),
 	)
 	w.departs(t, "overriding", true, w.leaving(rules.TCP, stranger4, 853))

@@ -566,16 +566,3 @@ func parseAnswer(f []byte) (answer, bool) {
 func (a *answer) answers(p *packet) bool {
 	return a.Protocol == p.Protocol && a.Src == p.Dst && a.Dst == p.Src && a.SrcPort == p.DstPort && a.DstPort == p.SrcPort
 }
-
-// aimed makes a packet to an address of the host that src can reach.
-func aimed(link, src string, proto rules.Protocol, sport, dport uint16) *packet {
-	a := netip.MustParseAddr(src)
-	p := &packet{Packet: rules.Packet{In: link, Src: a, Dst: host4, Protocol: proto, SrcPort: sport, DstPort: dport}}
-	if a.Is6() {
-		p.Dst = host6
-	}
-	if proto == rules.TCP {
-		p.flags = syn
-	}
-	return p
-}

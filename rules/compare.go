@@ -191,7 +191,9 @@ func (d *draft) scope(o *rule) scope {
 	s.sources, sure = d.parts(sources, o.Family)
 	s.except, sure2 = d.parts(&o.Except, o.Family)
 	if !to.Any {
-		s.to, sure3 = d.parts(to, o.Family)
+		if s.to, sure3 = d.parts(to, o.Family); len(s.to) == 0 {
+			s.sources = nil // a set that is empty: the rule is about nothing
+		}
 	}
 	s.unsure = !(sure && sure2 && sure3)
 	return s

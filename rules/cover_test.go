@@ -3,6 +3,7 @@ package rules
 import (
 	"net/netip"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 )
@@ -10,13 +11,23 @@ import (
 // A rule is found covered exactly if trying all rules in turn finds one.
 func TestCoveringProperty(t *testing.T) {
 	protocols := rapid.SampledFrom([][]Protocol{{TCP}, {UDP}, {TCP, UDP}})
+	owners := rapid.SampledFrom([]string{"", "", "a", "b"})
+	ends := rapid.SampledFrom([]time.Time{{}, {}, time.Unix(1, 0), time.Unix(2, 0)})
 	interfaces := rapid.SampledFrom([][]string{nil, nil, {"eth0"}, {"eth*"}, {"eth0", "wg0"}, {"e*"}})
 	draw := rapid.Custom(func(t *rapid.T) scope {
-		s := scope{protocols: protocols.Draw(t, "protocols"), interfaces: interfaces.Draw(t, "interfaces")}
+		s := scope{
+			interfaces: interfaces.Draw(t, "interfaces"), owner: owners.Draw(t, "owner"), until: ends.Draw(t, "until"),
+			limited: rapid.IntRange(0, 4).Draw(t, "limited") == 0,
+		}
 		lo := rapid.Uint16Range(1, 6).Draw(t, "lo")
-		s.ports = []PortRange{{lo, lo + rapid.Uint16Range(0, 3).Draw(t, "ports")}}
-		if rapid.Bool().Draw(t, "more") {
-			s.ports = append(s.ports, PortRange{20, 21})
+		for _, p := range protocols.Draw(t, "protocols") {
+			s.traffic = append(s.traffic, keys(p, PortRange{lo, lo + rapid.Uint16Range(0, 3).Draw(t, "ports")}))
+			if rapid.Bool().Draw(t, "more") {
+				s.traffic = append(s.traffic, keys(p, PortRange{20, 21}))
+			}
+		}
+		if rapid.IntRange(0, 5).Draw(t, "everything") == 0 {
+			s.traffic = trafficKeys(&Traffic{Any: true})
 		}
 		if rapid.Bool().Draw(t, "any") {
 			all := everywhere()
@@ -62,23 +73,36 @@ func TestCovers(t *testing.T) {
 		}
 		return [][]AddrRange{{r}}
 	}
-	base := scope{protocols: []Protocol{TCP}, ports: []PortRange{{80, 90}}, interfaces: []string{"eth*"}, sources: network("10.0.0.0/8")}
+	tcp := func(ports ...uint16) []keyRange {
+		var out []keyRange
+		for i := 0; i < len(ports); i += 2 {
+			out = append(out, keys(TCP, PortRange{ports[i], ports[i+1]}))
+		}
+		return out
+	}
+	base := scope{traffic: tcp(80, 90), interfaces: []string{"eth*"}, sources: network("10.0.0.0/8")}
 	for _, test := range []struct {
 		name   string
 		change func(*scope)
 		want   bool
 	}{
 		{"itself", func(*scope) {}, true},
-		{"fewer ports", func(s *scope) { s.ports = []PortRange{{80, 80}, {82, 90}} }, true},
-		{"more ports", func(s *scope) { s.ports = []PortRange{{79, 90}} }, false},
-		{"a gap below", func(s *scope) { s.ports = []PortRange{{1, 2}} }, false},
-		{"another port", func(s *scope) { s.ports = []PortRange{{80, 80}, {443, 443}} }, false},
-		{"another protocol", func(s *scope) { s.protocols = []Protocol{TCP, UDP} }, false},
+		{"fewer ports", func(s *scope) { s.traffic = tcp(80, 80, 82, 90) }, true},
+		{"more ports", func(s *scope) { s.traffic = tcp(79, 90) }, false},
+		{"a gap below", func(s *scope) { s.traffic = tcp(1, 2) }, false},
+		{"another port", func(s *scope) { s.traffic = tcp(80, 80, 443, 443) }, false},
+		{"another protocol", func(s *scope) { s.traffic = append(tcp(80, 90), keys(UDP, PortRange{80, 90})) }, false},
 		{"one interface", func(s *scope) { s.interfaces = []string{"eth1", "eth1*"} }, true},
 		{"wider interfaces", func(s *scope) { s.interfaces = []string{"et*"} }, false},
 		{"every interface", func(s *scope) { s.interfaces = nil }, false},
 		{"narrower source", func(s *scope) { s.sources = network("10.2.0.0/16") }, true},
 		{"wider source", func(s *scope) { s.sources = network("10.0.0.0/7") }, false},
+		{"every protocol", func(s *scope) { s.traffic = trafficKeys(&Traffic{Any: true}) }, false},
+		{"an end", func(s *scope) { s.until = time.Unix(1, 0) }, true},
+		{"a limit", func(s *scope) { s.limited = true }, true},
+		{"an owner", func(s *scope) { s.owner = "a" }, true},
+		{"one address of the host", func(s *scope) { s.to = network("192.0.2.1") }, true},
+		{"fewer sources", func(s *scope) { s.except = network("10.1.0.0/16") }, true},
 		{"other family", func(s *scope) { s.sources = network("::/0") }, false},
 	} {
 		a := base
@@ -86,6 +110,31 @@ func TestCovers(t *testing.T) {
 		left := effort
 		if got := base.covers(&a, &left); got != test.want {
 			t.Errorf("%s: got %v", test.name, got)
+		}
+	}
+	for _, test := range []struct {
+		name   string
+		change func(s, a *scope)
+		want   bool
+	}{
+		{"an end", func(s, _ *scope) { s.until = time.Unix(1, 0) }, false},
+		{"a later end", func(s, a *scope) { s.until, a.until = time.Unix(2, 0), time.Unix(1, 0) }, true},
+		{"an earlier end", func(s, a *scope) { s.until, a.until = time.Unix(1, 0), time.Unix(2, 0) }, false},
+		{"a limit", func(s, _ *scope) { s.limited = true }, false},
+		{"an owner", func(s, _ *scope) { s.owner = "a" }, false},
+		{"the same owner", func(s, a *scope) { s.owner, a.owner = "a", "a" }, true},
+		{"one address of the host", func(s, _ *scope) { s.to = network("192.0.2.1") }, false},
+		{"a network of the host", func(s, a *scope) { s.to, a.to = network("192.0.2.0/24"), network("192.0.2.1") }, true},
+		{"fewer sources", func(s, _ *scope) { s.except = network("10.1.0.0/16") }, false},
+		{"the same fewer sources", func(s, a *scope) { s.except, a.except = network("10.1.0.0/16"), network("10.1.0.0/16") }, true},
+		{"still fewer sources", func(s, a *scope) { s.except, a.except = network("10.1.0.0/16"), network("10.0.0.0/15") }, true},
+		{"an exception elsewhere", func(s, _ *scope) { s.except = network("192.0.2.0/24") }, true},
+	} {
+		s, a := base, base
+		test.change(&s, &a)
+		left := effort
+		if got := s.covers(&a, &left); got != test.want {
+			t.Errorf("of the wider one, %s: got %v", test.name, got)
 		}
 	}
 	left := 0

@@ -10,21 +10,23 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/tools/txtar"
 
 	"deadlight/rules"
 )
 
 var update = flag.Bool("update", false, "rewrite the expected output in testdata")
 
-// Every testdata/errors/*.txtar holds a policy and what is printed of it. A
-// policy of bytes that no text file may hold is written as a Go string in
-// "quoted".
+// Every testdata/errors/*.txtar holds a policy and what is printed of it, and
+// maybe the files it names and the time "now". A file of bytes that no text file
+// may hold is written as a Go string in "quoted", or in NAME.quoted.
 func TestProblems(t *testing.T) {
 	files, err := filepath.Glob("testdata/errors/*.txtar")
-	if err != nil || len(files) < 45 {
-		t.Fatalf("found %d files, want at least 45 (%v)", len(files), err)
+	if err != nil || len(files) < 200 {
+		t.Fatalf("found %d files, want at least 200 (%v)", len(files), err)
 	}
 	for _, file := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
@@ -36,20 +38,11 @@ func TestProblems(t *testing.T) {
 			if !ok && !*update {
 				t.Fatal("no section want")
 			}
-			var src []byte
-			if _, text, ok := strings.Cut(before, "-- quoted --\n"); ok {
-				text, err := strconv.Unquote(strings.TrimSpace(text))
-				if err != nil {
-					t.Fatal(err)
-				}
-				src = []byte(text)
-			} else if _, text, ok := strings.Cut(before, "-- policy.toml --\n"); ok {
-				src = []byte(text)
-			} else {
-				t.Fatal("no policy")
+			src, files, now := input(t, before)
+			policy, problems := rules.Parse("policy.toml", src, files)
+			if policy != nil && !now.IsZero() {
+				problems = append(problems, policy.Expired(now)...)
 			}
-
-			policy, problems := rules.Parse("policy.toml", src)
 			var out bytes.Buffer
 			consequence := "deadlight: " + rules.Summary(problems)
 			if policy == nil {
@@ -79,6 +72,47 @@ func TestProblems(t *testing.T) {
 			}
 		})
 	}
+}
+
+// input gives the policy, the files and the time of a test; no files if there
+// are none.
+func input(t *testing.T, text string) (src []byte, files rules.Files, now time.Time) {
+	t.Helper()
+	unquote := func(s string) []byte {
+		s, err := strconv.Unquote(strings.TrimSpace(s))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []byte(s)
+	}
+	archive := txtar.Parse([]byte(text))
+	all := memory{}
+	for _, f := range archive.Files[1:] {
+		name, quoted := strings.CutSuffix(f.Name, ".quoted")
+		switch {
+		case f.Name == "now":
+			var err error
+			if now, err = time.Parse(time.RFC3339, strings.TrimSpace(string(f.Data))); err != nil {
+				t.Fatal(err)
+			}
+		case quoted:
+			all[name] = string(unquote(string(f.Data)))
+		default:
+			all[name] = string(f.Data)
+		}
+	}
+	if len(all) > 0 {
+		files = all
+	}
+	switch first := archive.Files[0]; first.Name {
+	case "quoted":
+		src = unquote(string(first.Data))
+	case "policy.toml":
+		src = first.Data
+	default:
+		t.Fatal("no policy")
+	}
+	return src, files, now
 }
 
 func problem(line string, column, width int) rules.Problem {

@@ -28,7 +28,7 @@ var expectSchema = schema[expectDraft]{
 		}
 		e.Packet.In = s
 		if bad := checkInterface(s); bad != nil {
-			r.report(Error, v.span(), *bad)
+			r.errorf(v.span(), "a packet enters by one interface", "%s", bad.summary)
 		} else if strings.HasSuffix(s, "*") {
 			r.errorf(v.span(), "a packet enters by one interface", "in cannot hold a *: %s", quote(s))
 		}
@@ -80,7 +80,11 @@ func (r *reader) address(v named) netip.Addr {
 	if many, worse := parseAddresses(s); worse == nil || strings.HasPrefix(s, "@") {
 		bad = &complaint{fmt.Sprintf("%s must be one address, not %s", v.name, quote(s)), "a test sends one packet"}
 		if worse == nil {
-			bad.hint += ": write " + quote(many.Hi.String())
+			one := many.Lo
+			if many.Lo != many.Hi {
+				one = one.Next() // the first of a network is that of no host
+			}
+			bad.hint += ": write " + quote(one.String())
 		}
 	}
 	r.report(Error, v.span(), *bad)

@@ -53,7 +53,7 @@ func inPorts(ranges []PortRange, port uint16) bool {
 
 // PortName writes "22/tcp", or the protocol alone where there are no ports.
 func PortName(p Protocol, port uint16) string {
-	if slices.Contains(portProtocols[:], p) {
+	if p.hasPorts() {
 		return fmt.Sprintf("%d/%s", port, p)
 	}
 	return p.String()

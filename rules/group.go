@@ -2,6 +2,7 @@ package rules
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"sort"
 	"strings"
@@ -161,20 +162,20 @@ func (c *compiler) ruleChain(g *group, i int) {
 				miss(nfproto(v4))
 			}
 		}
-		// What an egress rule excepts is a destination: its source is this host.
-		field := saddr(v4)
-		if g.kind == "egress" {
-			field = daddr(v4)
-		}
-		for _, set := range c.setsOf(name+"_except", &t.Except, v4) {
-			miss(MatchSet{Field: field, Set: set})
+		c.ownSet(name+"_except", &t.Except, v4)
+		for _, m := range c.matches(name+"_except", &t.Except, v4) {
+			miss(m)
 		}
 	}
 	end := c.verdict(g, i)
 	for _, from := range g.sources(c, t) {
 		ch.Rules = append(ch.Rules, line(comment, append(slices.Clone(from), end...)...))
 	}
-	c.sourceSets(g, t)
+	for _, v4 := range []bool{true, false} {
+		if t.Family.Has(v4) {
+			c.ownSet(name+"_from", &t.From, v4)
+		}
+	}
 	c.chains = append(c.chains, ch)
 	if g.kind == "open" {
 		c.admission(&c.policy.Open[i])
@@ -263,24 +264,12 @@ func (g *group) sources(c *compiler, t *Traffic) [][]Expr {
 	var out [][]Expr
 	for _, v4 := range []bool{true, false} {
 		if t.Family.Has(v4) {
-			for _, set := range c.setNames(g.chain(t)+"_from", &t.From, v4) {
-				out = append(out, []Expr{MatchSet{Field: saddr(v4), Set: set}})
+			for _, m := range c.matches(g.chain(t)+"_from", &t.From, v4) {
+				out = append(out, []Expr{m})
 			}
 		}
 	}
 	return out
-}
-
-// sourceSets makes the sets that sources names.
-func (c *compiler) sourceSets(g *group, t *Traffic) {
-	if t.From.Any {
-		return
-	}
-	for _, v4 := range []bool{true, false} {
-		if t.Family.Has(v4) {
-			c.setsOf(g.chain(t)+"_from", &t.From, v4)
-		}
-	}
 }
 
 func familySuffix(v4 bool) string {
@@ -307,12 +296,38 @@ func (c *compiler) setNames(own string, s *Source, v4 bool) []string {
 	return out
 }
 
-// setsOf is setNames, and makes the own set.
-func (c *compiler) setsOf(own string, s *Source, v4 bool) []string {
-	if ranges := ofFamily(s.Ranges, v4); len(ranges) > 0 {
+// single is the prefix that a source's own addresses of a family are, if they are
+// but one: it is compared in place, without a set.
+func single(s *Source, v4 bool) (netip.Prefix, bool) {
+	if own := ofFamily(s.Ranges, v4); len(own) == 1 {
+		return own[0].Prefix()
+	}
+	return netip.Prefix{}, false
+}
+
+// matches are the alternatives by which a packet's source is among a Source's
+// addresses of a family.
+func (c *compiler) matches(own string, s *Source, v4 bool) []Expr {
+	var out []Expr
+	p, one := single(s, v4)
+	if one {
+		out = append(out, Match{Field: saddr(v4), Prefix: p})
+	}
+	for _, set := range c.setNames(own, s, v4) {
+		if set != own+familySuffix(v4) || !one {
+			out = append(out, MatchSet{Field: saddr(v4), Set: set})
+		}
+	}
+	return out
+}
+
+// ownSet makes the set of the addresses that a rule names itself, where matches
+// asks for one.
+func (c *compiler) ownSet(own string, s *Source, v4 bool) {
+	ranges := ofFamily(s.Ranges, v4)
+	if _, one := single(s, v4); len(ranges) > 0 && !one {
 		c.addrSet(own+familySuffix(v4), v4, ranges)
 	}
-	return c.setNames(own, s, v4)
 }
 
 // oneSet is a single set with all of a source's addresses of a family, or "".

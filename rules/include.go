@@ -111,6 +111,9 @@ func (d *draft) include(r *reader) []value {
 			} else {
 				d.partial = true
 			}
+			if total > maxTotal {
+				return out
+			}
 		}
 	}
 	return out
@@ -127,9 +130,12 @@ func (d *draft) readInclude(r *reader, n placedName, name, shown string, total *
 		return value{}, false
 	}
 	d.noteFile(shown)
-	if *total += len(src); len(src) > maxSize || *total > maxTotal {
-		r.errorf(n.at, "is this the right file?", "%s is larger than %d MiB, or all of them are larger than %d MiB",
-			quote(shown), maxSize>>20, maxTotal>>20)
+	switch *total += len(src); {
+	case len(src) > maxSize:
+		r.errorf(n.at, "is this the right file?", "%s is larger than %d MiB", quote(shown), maxSize>>20)
+		return value{}, false
+	case *total > maxTotal:
+		r.errorf(n.at, "are these the right files?", "the policy and its includes are larger than %d MiB together", maxTotal>>20)
 		return value{}, false
 	}
 	return r.decode(r.add(shown, src))

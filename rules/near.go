@@ -11,7 +11,9 @@ func (r *reader) nearest(got string, words []string) string {
 	}
 	best, least := "", 3
 	for _, w := range words {
-		if d := distance(strings.ToLower(got), strings.ToLower(w), least); d < least && d < max(len(w), len(got))/2+1 {
+		d := distance(strings.ToLower(got), strings.ToLower(w), least+1)
+		// The first letter is seldom the wrong one.
+		if (d < least || d == least && best != "" && best[0] != got[0] && w[0] == got[0]) && d < max(len(w), len(got))/2+1 {
 			best, least = w, d
 		}
 	}

@@ -7,7 +7,7 @@ import (
 // Limits that keep a hostile file from costing more than its size.
 const (
 	maxSize    = 8 << 20   // of the policy and of each of its includes
-	maxTotal   = 256 << 20 // of all of them together
+	maxTotal   = 64 << 20  // of all of them together
 	maxList    = 256 << 20 // of a list of addresses
 	maxNesting = 16        // brackets within brackets, and parts of a dotted key
 	maxWord    = 4096      // bytes of a string, a key or a number
@@ -56,7 +56,6 @@ type draft struct {
 	setNames              []string // in file order
 	services              map[string]*serviceDraft
 	serviceNames          []string
-	outputAt              span // of default.output
 }
 
 // placedName is a name and where it was written.

@@ -250,7 +250,7 @@ type AddressSet struct {
 	Name   string
 	Pos    Pos
 	Files  []string    // that were read for it
-	Ranges []AddrRange // merged and ascending, IPv4 before IPv6, never empty
+	Ranges []AddrRange // merged and ascending, IPv4 before IPv6; empty only if its lists are or are missing
 }
 
 // Published is the [published] table.

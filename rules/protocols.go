@@ -46,6 +46,14 @@ func protocolWords() []string {
 // understood.
 func (r *reader) protocols(v named, broken bool) ([]placedProtocol, bool) {
 	var out []placedProtocol
+	// A list may repeat itself a hundred thousand times.
+	var seen [256]bool
+	add := func(p placedProtocol) {
+		if p.any || !seen[p.Protocol] {
+			out = append(out, p)
+		}
+		seen[p.Protocol] = !p.any || seen[p.Protocol]
+	}
 	r.each(v, `a string like "tcp" or a number`, "leave protocol out for tcp", func(e value, mistyped func()) {
 		switch s := e.v.(type) {
 		case string:
@@ -55,14 +63,14 @@ func (r *reader) protocols(v named, broken bool) ([]placedProtocol, bool) {
 				broken = true
 				return
 			}
-			out = append(out, placedProtocol{p, s == "any", e.span()})
+			add(placedProtocol{p, s == "any", e.span()})
 		case int64:
 			if s < 0 || s > 255 {
 				r.errorf(e.span(), "protocols run from 0 to 255; a port belongs in ports", "protocol %d is out of range", s)
 				broken = true
 				return
 			}
-			out = append(out, placedProtocol{Protocol(s), false, e.span()})
+			add(placedProtocol{Protocol(s), false, e.span()})
 		default:
 			mistyped()
 			broken = true
@@ -132,6 +140,7 @@ func (o *rule) checkProtocols(r *reader) {
 		switch {
 		case p.any && len(o.protocols) > 1:
 			r.errorf(p.at, "remove the others, or it", `"any" holds every other protocol`)
+			o.broken = true
 		case p.any && ported:
 			r.errorf(o.spot(key), "remove it, or name the protocols that have these ports", `%s cannot be given with protocol "any"`, key)
 		case p.any:
@@ -152,13 +161,18 @@ func (o *rule) checkProtocols(r *reader) {
 	case ported || o.broken || o.Any:
 	case withPorts && portless:
 		r.errorf(o.table, "give the protocols without ports a table of their own", "ports is missing in %s", o.title())
-	case withPorts:
+	case withPorts && o.kind == "block":
 		r.errorf(o.table, `write ports = "1-65535" for all of them`, "ports is missing in %s", o.title())
-	case portless || o.has["protocol"]:
-	case o.kind == "block":
+	case portless:
+	case o.kind == "block" && !o.has["protocol"]:
 		o.Any = true
+	case o.has["protocol"] && len(o.protocols) == 0: // it was complained of
 	default:
-		r.errorf(o.table, `write ports = [443] or service = "https"`, "ports is missing in %s", o.title())
+		hint := `write ports = [443] or service = "https"`
+		if o.kind == "failsafe" {
+			hint = "write ports = [22], the port that lets you in"
+		}
+		r.errorf(o.table, hint, "ports is missing in %s", o.title())
 	}
 }
 

@@ -51,10 +51,15 @@ func (r *reader) switched(v named, s schema[Rate]) (bool, *Rate) {
 		return b, nil
 	case map[string]any:
 		return true, r.rate(v, s)
-	case string:
-		r.errorf(v.span(), fmt.Sprintf("write %s = { limit = \"10/second\" }", v.name), "%s must be true, false or a table, not a string", v.name)
 	default:
-		r.errorf(v.span(), "", "%s must be true, false or a table like { limit = \"10/second\" }, not %s", v.name, v.kind())
+		hint := ""
+		switch b {
+		case "yes", "on", "true":
+			hint = "write true, without quotes"
+		case "no", "off", "false":
+			hint = "write false, without quotes"
+		}
+		r.errorf(v.span(), hint, "%s must be true, false or a table like { limit = \"10/second\" }, not %s", v.name, v.kind())
 	}
 	return false, nil
 }
@@ -118,7 +123,10 @@ func parseLimit(s string) (uint64, time.Duration, *complaint) {
 	digits := number != "" && strings.Trim(number, "0123456789") == ""
 	for _, u := range unitNames() {
 		if ok && digits && unit == u.name {
-			if err != nil || n == 0 || strconv.FormatUint(n, 10) != number {
+			if plain := strings.TrimLeft(number, "0"); plain != number && plain != "" {
+				return 0, 0, &complaint{"limit " + quote(s) + " has leading zeros", "did you mean " + quote(plain+"/"+unit) + "?"}
+			}
+			if err != nil || n == 0 {
 				return 0, 0, &complaint{"limit " + quote(s) + " is out of range", fmt.Sprintf("from 1/%s to %d/%s", u.name, uint32(math.MaxUint32), u.name)}
 			}
 			return n, u.unit, nil

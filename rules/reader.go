@@ -29,12 +29,14 @@ type listLine struct {
 type reader struct {
 	files    Files // nil: there are none
 	docs     []*document
-	homes    map[string]string // where a key belongs, for those that stand elsewhere
-	services map[string][]ProtoPorts
-	found    []finding
-	errors   int // found, also beyond maxFound
-	dropped  int // found beyond maxFound
-	guesses  int // how many near misses may still be weighed
+	homes    map[string]string       // where a key belongs, for those that stand elsewhere
+	services map[string][]ProtoPorts // the built-in ones, once one is asked for
+
+	serviceWords []string // their names, sorted
+	found        []finding
+	errors       int // found, also beyond maxFound
+	dropped      int // found beyond maxFound
+	guesses      int // how many near misses may still be weighed
 }
 
 func newReader(files Files) *reader {

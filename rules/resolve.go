@@ -9,6 +9,7 @@ import (
 
 // resolve finds the sets that a list of addresses names.
 func (p *placedSource) resolve(r *reader, d *draft, into *Source) {
+	seen := make(map[string]bool, len(p.refs))
 	for _, ref := range p.refs {
 		s := d.sets[ref.name]
 		if s == nil {
@@ -16,7 +17,8 @@ func (p *placedSource) resolve(r *reader, d *draft, into *Source) {
 			continue
 		}
 		s.used = true
-		if !slices.Contains(into.Sets, ref.name) {
+		if !seen[ref.name] {
+			seen[ref.name] = true
 			into.Sets = append(into.Sets, ref.name)
 		}
 	}

@@ -51,7 +51,8 @@ func anyName(paths []string) []string {
 }
 
 // Keys gives every key of the language, sorted, as "default.input" or
-// "open.*.rate.limit": a * stands for a name that the policy chooses.
+// "open.*.rate.limit": a * stands for a name that the policy chooses, or for each
+// of the [[expect]] tables.
 func Keys() []string {
 	keys := fileSchema.paths()
 	slices.Sort(keys)
@@ -66,7 +67,7 @@ func homes() map[string]string {
 		home, name := "", parts[len(parts)-1]
 		switch {
 		case len(parts) == 1:
-			home = "the first line, above every table"
+			home = "the top of the file, above every table"
 		case len(parts) == 2:
 			home = "[" + parts[0] + "]"
 		case len(parts) == 3 && parts[1] == "*":

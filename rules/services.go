@@ -60,6 +60,9 @@ type serviceDraft struct {
 	used      bool
 }
 
+// maxServiceRanges keeps ten thousand rules that name one service small.
+const maxServiceRanges = 256
+
 var serviceSchema = schema[serviceDraft]{
 	{name: "ports", also: []string{"port", "dport", "dports", "destination-port"}, read: func(r *reader, v named, s *serviceDraft) { s.ports = r.ports(v) }},
 	{name: "protocol", also: []string{"proto", "protocols", "transport"}, read: func(r *reader, v named, s *serviceDraft) {
@@ -95,6 +98,12 @@ func (d *draft) readServices(r *reader) {
 			}
 		}
 		s.on = trafficOf(all)
+		for _, on := range s.on {
+			if len(on.Ports) > maxServiceRanges {
+				r.errorf(f.key, "ports next to each other are one range", "%s has more than %d ranges of ports", title, maxServiceRanges)
+				break
+			}
+		}
 		d.services[f.name] = s
 		d.serviceNames = append(d.serviceNames, f.name)
 	}
@@ -104,6 +113,7 @@ func (d *draft) readServices(r *reader) {
 // understood.
 func (r *reader) serviceNames(v named, broken bool) ([]placedName, bool) {
 	var out []placedName
+	seen := make(map[string]bool)
 	r.each(v, `a string like "ssh"`, `name at least one service, like "ssh"`, func(e value, mistyped func()) {
 		s, ok := e.v.(string)
 		if n, number := e.v.(int64); number {
@@ -116,7 +126,10 @@ func (r *reader) serviceNames(v named, broken bool) ([]placedName, bool) {
 			broken = true
 			return
 		}
-		out = append(out, placedName{s, e.span()})
+		if !seen[s] {
+			seen[s] = true
+			out = append(out, placedName{s, e.span()})
+		}
 	})
 	return out, broken
 }
@@ -129,6 +142,7 @@ func (d *draft) service(r *reader, n placedName) ([]ProtoPorts, bool) {
 	}
 	if r.services == nil {
 		r.services = builtinServices()
+		r.serviceWords = slices.Sorted(maps.Keys(r.services))
 	}
 	if on := r.services[n.name]; on != nil {
 		return on, true
@@ -137,7 +151,7 @@ func (d *draft) service(r *reader, n placedName) ([]ProtoPorts, bool) {
 		return nil, false
 	}
 	hint := fmt.Sprintf("define it: [service.%s]", tableName(n.name))
-	if near := r.nearest(n.name, append(slices.Sorted(maps.Keys(r.services)), d.serviceNames...)); near != "" {
+	if near := r.nearest(n.name, slices.Concat(d.serviceNames, r.serviceWords)); near != "" {
 		hint = "did you mean " + quote(near) + "?"
 		if s := d.services[near]; s != nil {
 			s.used = true

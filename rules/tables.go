@@ -30,7 +30,7 @@ var fileSchema = schema[draft]{
 	{name: "log", also: []string{"logging", "logs"}, read: readOnce(logSchema), below: logSchema.paths(), head: true},
 	{name: "failsafe", also: []string{"fallback", "lockdown", "rescue"}, read: func(_ *reader, v named, d *draft) { d.failsafe = v }, below: failsafeSchema.paths(), head: true},
 	{name: "verify", also: []string{"verifier"}, read: readOnce(verifySchema), below: verifySchema.paths(), head: true},
-	{name: "expect", also: []string{"expects", "test", "tests"}, read: readLater, below: expectSchema.paths(), head: true},
+	{name: "expect", also: []string{"expects", "test", "tests"}, read: readLater, below: anyName(expectSchema.paths()), head: true},
 }
 
 // readLater keeps tables that an include may add to until all of them are known.

@@ -128,10 +128,13 @@ func toKey(hint string, also ...string) key[rule] {
 	return key[rule]{name: "to", also: also, read: func(r *reader, v named, o *rule) { o.to, o.To = r.source(v, hint) }}
 }
 
-var localKey = toKey("leave to out for every address of this host", "destination", "dest", "dst", "daddr")
+// localKey is to where it names an address of this host.
+func localKey() key[rule] {
+	return toKey("leave to out for every address of this host", "destination", "dest", "dst", "daddr")
+}
 
 var openSchema = schema[rule]{
-	portsKey, serviceKey, protocolKey, fromKey, exceptKey, localKey, interfacesKey, familyKey,
+	portsKey, serviceKey, protocolKey, fromKey, exceptKey, localKey(), interfacesKey, familyKey,
 	{name: "rate", also: []string{"limit", "ratelimit", "rate-limit"}, below: rateSchema.paths(), read: func(r *reader, v named, o *rule) {
 		o.Rate = r.rate(v, rateSchema)
 	}},
@@ -143,7 +146,7 @@ var openSchema = schema[rule]{
 }
 
 var blockSchema = schema[rule]{
-	portsKey, serviceKey, protocolKey, fromKey, exceptKey, localKey, interfacesKey, familyKey, expiresKey, logKey, commentKey, overrideKey,
+	portsKey, serviceKey, protocolKey, fromKey, exceptKey, localKey(), interfacesKey, familyKey, expiresKey, logKey, commentKey, overrideKey,
 }
 
 var egressSchema = schema[rule]{
@@ -178,7 +181,7 @@ func (d *draft) readRule(r *reader, kind string, f named, s schema[rule]) *rule 
 	o.except.resolve(r, d, &o.Except)
 	o.to.resolve(r, d, &o.To)
 	if kind == "block" && o.blocksAll() {
-		r.errorf(o.table, `name whom in from or what in ports; for an input of nothing, open nothing`, "%s would block everything", o.title())
+		r.errorf(o.table, `name whom in from, or what in ports`, "%s would block everything", o.title())
 	}
 	o.sound = r.errors == before
 	if o.sound {

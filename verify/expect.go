@@ -157,7 +157,11 @@ func canaries(e expecter, p *Path) []Canary {
 			out = append(out, Canary{CanaryTCP, port})
 		}
 	}
-	for _, o := range e.rs.Policy.Open {
+	for i := range e.rs.Policy.Open {
+		if len(out) == most {
+			break
+		}
+		o := &e.rs.Policy.Open[i]
 		for _, r := range o.Ports(rules.TCP) {
 			try(r.Lo)
 		}

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -14,6 +15,7 @@ import (
 
 func newCheckCommand(e env) *cobra.Command {
 	var asJSON bool
+	var warnings string
 	c := &cobra.Command{
 		Use:     "check [POLICY]",
 		GroupID: groupWrite,
@@ -23,19 +25,30 @@ Nothing is loaded and nothing needs root. POLICY defaults to ` + defaultPolicy +
 		Example: "  deadlight check\n  deadlight check configs/webserver.toml --json",
 		Args:    atMostPolicy,
 		RunE: func(_ *cobra.Command, args []string) error {
-			if asJSON {
-				return checkJSON(e, policyArg(args))
+			if warnings != "show" && warnings != "error" {
+				return usageError("--warnings=show or --warnings=error", "--warnings takes show or error, not %s", strconv.Quote(warnings))
 			}
-			return check(e, policyArg(args))
+			file, strict := policyArg(args), warnings == "error"
+			if asJSON {
+				return checkJSON(e, file, strict)
+			}
+			return check(e, file, strict)
 		},
 	}
+	c.Flags().StringVar(&warnings, "warnings", "show", "error: a policy with warnings is no good (exit 2)")
 	c.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")
 	return c
 }
 
-func check(e env, file string) error {
-	rs, err := readPolicy(e, file, "policy not loaded")
+func check(e env, file string, strict bool) error {
+	rs, problems, err := parsePolicy(file)
 	if err != nil {
+		return err
+	}
+	if rs == nil || strict && len(problems) > 0 {
+		return unusable(e, problems, "policy not loaded")
+	}
+	if err := rules.Render(e.stderr, problems, ""); err != nil {
 		return err
 	}
 	p := rs.Policy
@@ -43,16 +56,16 @@ func check(e env, file string) error {
 	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
 	for i := range p.Block {
 		b := &p.Block[i]
-		printf(w, "  block\t%s\t%s\t%q\n", what(&b.Traffic), fromWhere(&b.Traffic), b.Name)
+		printf(w, "  block\t%s\t%q\t%s\n", what(&b.Traffic), b.Name, fromWhere(&b.Traffic))
 	}
 	for i := range p.Open {
 		o := &p.Open[i]
-		printf(w, "  open\t%s\t%s%s\t%q\n", what(&o.Traffic), fromWhere(&o.Traffic), limits(o), o.Name)
+		printf(w, "  open\t%s\t%q\t%s%s\n", what(&o.Traffic), o.Name, fromWhere(&o.Traffic), limits(o))
 	}
 	if p.Default.Output != rules.Accept {
 		for i := range p.Egress {
 			g := &p.Egress[i]
-			printf(w, "  egress\t%s\t%s\t%q\n", what(&g.Traffic), fromWhere(&g.Traffic), g.Name)
+			printf(w, "  egress\t%s\t%q\t%s\n", what(&g.Traffic), g.Name, strings.TrimPrefix(fromWhere(&g.Traffic), "from anywhere "))
 		}
 	}
 	if err := w.Flush(); err != nil {
@@ -78,7 +91,7 @@ func check(e env, file string) error {
 		return silently(exitFindings)
 	}
 	if n := len(p.Expect); n > 0 {
-		printf(e.stdout, "%s hold\n", plural(n, "expectation"))
+		printf(e.stdout, "%s met\n", plural(n, "expectation"))
 	}
 	return nil
 }
@@ -193,7 +206,7 @@ type openJSON struct {
 	Limited    bool     `json:"limited,omitempty"`
 }
 
-func checkJSON(e env, file string) error {
+func checkJSON(e env, file string, strict bool) error {
 	rs, problems, err := parsePolicy(file)
 	if err != nil {
 		return err
@@ -204,7 +217,7 @@ func checkJSON(e env, file string) error {
 		Problems []rules.Problem `json:"problems"`
 		Opens    []openJSON      `json:"opens"`
 		Unmet    []unmetJSON     `json:"unmet"` // [[expect]] tables that do not hold
-	}{1, rs != nil, append([]rules.Problem{}, problems...), []openJSON{}, []unmetJSON{}}
+	}{1, rs != nil && !(strict && len(problems) > 0), append([]rules.Problem{}, problems...), []openJSON{}, []unmetJSON{}}
 	if rs != nil {
 		for i := range rs.Policy.Open {
 			out.Opens = append(out.Opens, opensOf(&rs.Policy.Open[i])...)
@@ -218,7 +231,7 @@ func checkJSON(e env, file string) error {
 		return err
 	}
 	switch {
-	case rs == nil:
+	case rs == nil || strict && len(problems) > 0:
 		return silently(exitUsage)
 	case len(out.Unmet) > 0:
 		return silently(exitFindings)

@@ -26,6 +26,9 @@ func public(t *testing.T) string {
 	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", filepath.Join(dir, "deadlight"), ".").CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
+	if err := os.CopyFS(filepath.Join(dir, "lists"), os.DirFS("../../configs/lists")); err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range configs.Names() {
 		src, err := configs.Read(name)
 		if err != nil {

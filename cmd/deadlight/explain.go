@@ -1,19 +1,22 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"deadlight/firewall"
 	"deadlight/rules"
 )
 
 type explainFlags struct {
 	policy, from, to, in string
-	json                 bool
+	json, live           bool
 }
 
 func newExplainCommand(e env) *cobra.Command {
@@ -27,8 +30,14 @@ or rejected, by which rule of which line, and which rules were near but missed.
 Open says that it is admitted, not that anybody listens. Without --from it comes
 from a stranger whom no rule names, without --in by an interface that none names.
 
-PROTOCOL is tcp unless named; without ports: explain esp.`,
+PROTOCOL is tcp unless named; without ports: explain esp.
+
+With --live the packet is walked through every table of the running kernel too,
+ours and others'. When the kernel does something else than the policy says, the
+first chain that differs is named and the exit code is 1; what cannot be told
+without the packet itself is named, with exit code 3.`,
 		Example: `  deadlight explain 22 --from 198.51.100.7
+  sudo deadlight explain 443/tcp --live
   deadlight explain 53/udp --from 172.17.0.2 --in docker0 --policy ./policy.toml`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
@@ -42,6 +51,7 @@ PROTOCOL is tcp unless named; without ports: explain esp.`,
 	c.Flags().StringVar(&f.from, "from", "", "source address (default: a stranger)")
 	c.Flags().StringVar(&f.to, "to", "", "destination, one of this host's addresses (default: one that no rule names)")
 	c.Flags().StringVar(&f.in, "in", "", "interface by which the packet enters (default: one that no rule names)")
+	c.Flags().BoolVar(&f.live, "live", false, "walk the tables of the running kernel too, ours and others' (root)")
 	c.Flags().BoolVar(&f.json, "json", false, "print one JSON object")
 	return c
 }
@@ -55,6 +65,16 @@ type explanation struct {
 	Line    int        `json:"line"`
 	Reason  string     `json:"reason"`
 	Nearest []nearJSON `json:"nearest"`
+	Live    *liveJSON  `json:"live,omitempty"`
+}
+
+// liveJSON is what the running kernel does to the packet.
+type liveJSON struct {
+	Verdict string   `json:"verdict"` // accept, drop, reject or unknown
+	Same    bool     `json:"same"`    // as the policy says
+	By      string   `json:"by"`      // the chain that decides, or the first that differs
+	Steps   []string `json:"steps"`
+	Notes   []string `json:"notes"`
 }
 
 type nearJSON struct {
@@ -69,9 +89,12 @@ func explain(e env, what string, f explainFlags) error {
 	if err != nil {
 		return err
 	}
-	rs, err := readPolicy(e, f.policy, "nothing explained")
+	rs, problems, err := parsePolicy(f.policy)
 	if err != nil {
 		return err
+	}
+	if rs == nil {
+		return unusable(e, problems, "nothing explained")
 	}
 	d := rs.Decide(p)
 	x := explanation{
@@ -83,14 +106,75 @@ func explain(e env, what string, f explainFlags) error {
 			x.Nearest = append(x.Nearest, nearJSON{n.Name, n.Pos.File, n.Pos.Line, n.Why})
 		}
 	}
+	if f.live {
+		if x.Live, err = live(p, d); err != nil {
+			return kernelError(err, "deadlight explain "+what+" --live")
+		}
+	}
 	if f.json {
-		return writeJSON(e.stdout, x)
+		err = writeJSON(e.stdout, x)
+	} else {
+		x.print(e.stdout)
 	}
-	printf(e.stdout, "%s: %s\n", x.Verdict, printable(x.Reason))
+	switch {
+	case err != nil:
+		return err
+	case x.Live == nil || x.Live.Same:
+		return nil
+	case x.Live.Verdict == string(firewall.WalkUnknown):
+		return silently(exitRefused)
+	}
+	return silently(exitFindings)
+}
+
+func (x *explanation) print(w io.Writer) {
+	printf(w, "%s: %s\n", x.Verdict, printable(x.Reason))
 	for _, n := range x.Nearest {
-		printf(e.stdout, "nearest: open %q (%s:%d) %s\n", n.Rule, printable(n.File), n.Line, printable(n.Why))
+		printf(w, "nearest: open %q (%s:%d) %s\n", n.Rule, printable(n.File), n.Line, printable(n.Why))
 	}
-	return nil
+	l := x.Live
+	if l == nil {
+		return
+	}
+	word := "the same"
+	switch {
+	case l.Verdict == string(firewall.WalkUnknown):
+		word = "cannot be told"
+	case !l.Same:
+		word = "NOT as the policy says"
+	}
+	printf(w, "kernel: %s, %s: %s\n", l.Verdict, word, printable(l.By))
+	for _, s := range l.Steps {
+		printf(w, "  step %s\n", printable(s))
+	}
+	for _, n := range l.Notes {
+		printf(w, "  note %s\n", printable(n))
+	}
+}
+
+// live walks a packet through the tables of the running kernel.
+func live(p rules.Packet, d rules.Decision) (l *liveJSON, err error) {
+	conn, err := firewall.Dial(nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, conn.Close()) }()
+	if d.Observed {
+		d.Outcome = rules.OutcomeOpen
+	}
+	j, err := conn.Walk(p)
+	if err != nil {
+		return nil, err
+	}
+	same, first := firewall.Compare(d, j)
+	l = &liveJSON{Verdict: string(j.Verdict), Same: same, By: j.By.String(), Steps: []string{}, Notes: append([]string{}, j.Notes...)}
+	if !same && first != nil {
+		l.By = first.String()
+	}
+	for _, s := range j.Steps {
+		l.Steps = append(l.Steps, s.String())
+	}
+	return l, nil
 }
 
 // reason says in words what decided.

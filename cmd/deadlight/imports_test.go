@@ -172,6 +172,11 @@ func TestTreeProblems(t *testing.T) {
 		"pattern":                 {"rules/a.go", `import "regexp"; var p = regexp.MustCompile("a")`, ""},
 		"embedded":                {"configs/a.go", `import "embed"; var f embed.FS`, ""},
 		"schema":                  {"rules/a.go", `type schema[T any] struct{}; var s = schema[int]{}`, ""},
+		"key":                     {"rules/a.go", `type key[T any] struct{}; var k = key[int]{}`, ""},
+		"schemas joined":          {"rules/a.go", `import "slices"; type schema[T any] []T; var aSchema = schema[int]{}; var b = slices.Concat(aSchema, schema[int]{})`, ""},
+		"something joined":        {"rules/a.go", `import "slices"; var b = slices.Concat([]int{1})`, "package variable b"},
+		"embedded text":           {"rules/a.go", "import _ \"embed\"\n//go:embed a.txt\nvar s string", ""},
+		"text":                    {"rules/a.go", `var s string`, "package variable s"},
 		"struct":                  {"rules/a.go", `type x struct{}; var s = x{}`, "package variable s"},
 		"assertion":               {"verify/a.go", `var _ error = (*x)(nil); type x struct{}; func (*x) Error() string { return "" }`, ""},
 		"variable of a test":      {"verify/a_test.go", `var n int`, ""},
@@ -234,7 +239,7 @@ func treeProblems(root fs.FS) []string {
 				complain("%v", err)
 				continue
 			}
-			f, err := parser.ParseFile(fset, name, src, parser.SkipObjectResolution)
+			f, err := parser.ParseFile(fset, name, src, parser.ParseComments|parser.SkipObjectResolution)
 			if err != nil {
 				complain("%v", err)
 				continue
@@ -335,7 +340,7 @@ func stateProblems(fset *token.FileSet, files map[string]*ast.File) []string {
 					for i, n := range s.Names {
 						switch {
 						case n.Name == "_":
-						case isConstant(s, i):
+						case isConstant(d, s, i):
 							constants[n.Name] = true
 						default:
 							complain(n, "package variable %s: no globals; a function may return a fresh value, an array may hold a table", n.Name)
@@ -386,15 +391,18 @@ func stateProblems(fset *token.FileSet, files map[string]*ast.File) []string {
 
 // isConstant reports whether variable i of a declaration is as good as a
 // constant, as long as nobody writes it.
-func isConstant(s *ast.ValueSpec, i int) bool {
+func isConstant(d *ast.GenDecl, s *ast.ValueSpec, i int) bool {
 	if len(s.Values) == 0 {
-		return isSelector(s.Type, "embed.FS") // only the compiler fills it
+		return isSelector(s.Type, "embed.FS") || isEmbedded(d) // only the compiler fills it
 	}
 	if len(s.Values) != len(s.Names) {
 		return false
 	}
 	switch v := s.Values[i].(type) {
 	case *ast.CallExpr:
+		if isSelector(v.Fun, "slices.Concat") { // of tables of keys
+			return !slices.ContainsFunc(v.Args, func(e ast.Expr) bool { return !isKeys(e) })
+		}
 		return slices.ContainsFunc([]string{"errors.New", "netip.MustParsePrefix", "netip.MustParseAddr", "regexp.MustCompile"},
 			func(name string) bool { return isSelector(v.Fun, name) })
 	case *ast.CompositeLit:
@@ -402,12 +410,30 @@ func isConstant(s *ast.ValueSpec, i int) bool {
 		case *ast.ArrayType:
 			return t.Len != nil // an array; a slice would be shared
 		case *ast.IndexExpr:
-			// The keys of the policy language, in rules: a table with functions.
-			n, ok := t.X.(*ast.Ident)
-			return ok && n.Name == "schema"
+			return isKeys(v)
 		}
 	}
 	return false
+}
+
+// isKeys reports whether an expression is a key of the policy language or a
+// table of them, in rules: names with functions.
+func isKeys(e ast.Expr) bool {
+	switch x := e.(type) {
+	case *ast.Ident:
+		return strings.HasSuffix(x.Name, "Schema")
+	case *ast.CompositeLit:
+		if t, ok := x.Type.(*ast.IndexExpr); ok {
+			n, ok := t.X.(*ast.Ident)
+			return ok && (n.Name == "schema" || n.Name == "key")
+		}
+	}
+	return false
+}
+
+// isEmbedded reports whether a declaration is filled by go:embed.
+func isEmbedded(d *ast.GenDecl) bool {
+	return d.Doc != nil && slices.ContainsFunc(d.Doc.List, func(c *ast.Comment) bool { return strings.HasPrefix(c.Text, "//go:embed ") })
 }
 
 func isSelector(e ast.Expr, want string) bool {

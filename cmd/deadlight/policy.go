@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"deadlight/rules"
@@ -49,25 +51,61 @@ func parsePolicy(file string) (rs *rules.Ruleset, problems []rules.Problem, err 
 		}
 		return nil, nil, usageError("", "read %s: %w", file, err)
 	}
-	p, problems := rules.Parse(file, src, disk{})
+	p, problems := rules.Parse(file, src, disk{filepath.Dir(file)})
 	if p == nil {
 		return nil, problems, nil
 	}
-	return rules.Compile(p), append(problems, p.Expired(time.Now())...), nil
+	return rules.Compile(p), inFileOrder(append(problems, p.Expired(time.Now())...)), nil
 }
 
-// disk lets a policy read its includes and lists.
-type disk struct{}
+// inFileOrder sorts problems by place; files stay in the order they were read.
+func inFileOrder(problems []rules.Problem) []rules.Problem {
+	order := map[string]int{}
+	for _, p := range problems {
+		if _, ok := order[p.Pos.File]; !ok {
+			order[p.Pos.File] = len(order)
+		}
+	}
+	slices.SortStableFunc(problems, func(a, b rules.Problem) int {
+		return cmp.Or(cmp.Compare(order[a.Pos.File], order[b.Pos.File]),
+			cmp.Compare(a.Pos.Line, b.Pos.Line), cmp.Compare(a.Pos.Column, b.Pos.Column))
+	})
+	return problems
+}
+
+// disk lets a policy read its includes and lists, which stand relative to its
+// own directory.
+type disk struct{ dir string }
+
+func (d disk) path(name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(d.dir, name)
+}
 
 // Glob implements [rules.Files].
-func (disk) Glob(pattern string) ([]string, error) {
-	names, err := filepath.Glob(pattern)
+func (d disk) Glob(pattern string) ([]string, error) {
+	if filepath.IsAbs(pattern) {
+		return filepath.Glob(pattern)
+	}
+	// The directory is no pattern, whatever characters it holds.
+	dir := strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(d.dir)
+	names, err := filepath.Glob(filepath.Join(dir, pattern))
+	if err != nil {
+		return nil, err
+	}
+	for i, name := range names {
+		if names[i], err = filepath.Rel(d.dir, name); err != nil {
+			return nil, err
+		}
+	}
 	slices.Sort(names)
-	return names, err
+	return names, nil
 }
 
 // ReadFile implements [rules.Files].
-func (disk) ReadFile(name string) ([]byte, error) { return os.ReadFile(name) }
+func (d disk) ReadFile(name string) ([]byte, error) { return os.ReadFile(d.path(name)) }
 
 // writeJSON prints one documented object.
 func writeJSON(w io.Writer, v any) error {

@@ -39,7 +39,7 @@ may stand wherever a list may. configs/reference.toml has every key with its def
             without ports, service and protocol it means everything.
             from except to ports service protocol interfaces family
             expires log comment override
-[egress.NAME]  used unless output is accept: ports service protocol to except
+[egress.NAME]  used unless output is accept: ports service protocol to
             interfaces family expires log comment override, and
             user = "name"   group = "name"      of the process
 [set.NAME]  addresses = ["198.51.100.7"]   files = ["lists/*.txt"]
