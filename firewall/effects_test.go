@@ -58,7 +58,7 @@ func effects() []effect {
 		{"words", []string{
 			"version", "open.*.comment", "block.*.comment", "egress.*.comment", "verify.vantage", "verify.thorough",
 			"failsafe.ports", "failsafe.protocol", "failsafe.service", "failsafe.from", "failsafe.interfaces",
-			"expect.from", "expect.to", "expect.in", "expect.port", "expect.state",
+			"expect.*.from", "expect.*.to", "expect.*.in", "expect.*.port", "expect.*.state",
 		}, testWords}, // not in packets: what the other commands go by
 	}
 }
