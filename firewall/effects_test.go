@@ -825,6 +825,9 @@ func another(v4 bool, i int) string {
 	return fmt.Sprintf("2001:db8:5:%x::1", 10+i)
 }
 
+// another64 gives addresses of one /64, which differ from its first bit on.
+func another64(i uint16) string { return fmt.Sprintf("2001:db8:5:0:%x::1", i*0x6000) }
+
 // timesIn sends n new flows of a source and counts those that got through.
 func (w *wire) timesIn(n int, one func() *packet) int {
 	w.Helper()
@@ -858,7 +861,7 @@ func testRate(t *testing.T) {
 	w.wantIn(t, "one source", 3, 6, func() *packet { return w.tcp(stranger4, 22) })
 	w.expect(t, in("a later packet of a flow, over the rate", first))
 	w.wantIn(t, "another source", 4, 6, func() *packet { return w.tcp(another(true, 1), 22) })
-	w.wantIn(t, "a /64", 4, 6, func() *packet { return w.tcp(fmt.Sprintf("2001:db8:5::%x", w.port+1), 22) })
+	w.wantIn(t, "a /64", 4, 6, func() *packet { return w.tcp(another64(w.port), 22) })
 	w.wantIn(t, "another /64", 4, 6, func() *packet { return w.tcp(another(false, 1), 22) })
 	w.wantIn(t, "the default burst", 5, 8, func() *packet { return w.tcp(stranger4, 24) })
 	// 2/second: a token is back after half a second, and not before.
@@ -921,7 +924,7 @@ func testConnections(t *testing.T) {
 	w.load(t, "[open.echo]\nports = 7\nprotocol = \"udp\"\nconnections = 3\n")
 	w.wantIn(t, "one source", 3, 6, func() *packet { return w.udp(stranger4, 7) })
 	w.wantIn(t, "another source", 3, 6, func() *packet { return w.udp(another(true, 1), 7) })
-	w.wantIn(t, "a /64", 3, 6, func() *packet { return w.udp(fmt.Sprintf("2001:db8:5::%x", w.port+1), 7) })
+	w.wantIn(t, "a /64", 3, 6, func() *packet { return w.udp(another64(w.port), 7) })
 	w.wantIn(t, "another /64", 3, 6, func() *packet { return w.udp(another(false, 1), 7) })
 	w.load(t, "[open.echo]\nports = 7\nprotocol = \"udp\"\nconnections = 3\nrate = { limit = \"1/hour\", burst = 2 }\n")
 	w.wantIn(t, "both limits", 2, 6, func() *packet { return w.udp(another(true, 2), 7) })
@@ -933,7 +936,7 @@ func testExpires(t *testing.T) {
 	w := newWire(t)
 	e := w.listen("eth0")
 	w.echoServers(nil, []uint16{80})
-	end := time.Now().Add(3 * time.Second).Truncate(time.Millisecond)
+	end := time.Now().Add(5 * time.Second).Truncate(time.Millisecond)
 	at := end.UTC().Format("2006-01-02T15:04:05.000Z07:00")
 	text := "[default]\noutput = \"drop\"\n[open.web]\nports = 80\nprotocol = [\"tcp\", \"udp\"]\nexpires = " + at +
 		"\n[open.always]\nports = [80, 81]\nfrom = \"10.0.0.0/8\"\n[block.bad]\nports = 81\nexpires = " + at + "\n[egress.dns]\nports = 53\nexpires = " + at +
@@ -985,7 +988,7 @@ func testEcho(t *testing.T) {
 	w.load(t, "[icmp]\necho = { limit = \"1/hour\", burst = 3 }\n")
 	w.wantIn(t, "one source", 3, 6, func() *packet { return w.ping(stranger4) })
 	w.wantIn(t, "another source", 3, 6, func() *packet { return w.ping(another(true, 1)) })
-	w.wantIn(t, "a /64", 3, 6, func() *packet { return w.ping(fmt.Sprintf("2001:db8:5::%x", w.port+1)) })
+	w.wantIn(t, "a /64", 3, 6, func() *packet { return w.ping(another64(w.port)) })
 	w.load(t, "[icmp]\necho = { limit = \"1/hour\", burst = 3, per = \"rule\" }\n")
 	i := 0
 	w.wantIn(t, "all together", 3, 8, func() *packet { i++; return w.ping(another(i%2 == 0, i)) })
