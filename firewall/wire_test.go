@@ -51,7 +51,8 @@ type wire struct {
 	conn    *Conn
 	socket  int // AF_PACKET, outside
 	id      uint16
-	sent    int // packets
+	port    uint16 // counts the flows of effects
+	sent    int    // packets
 	batches int
 }
 
@@ -61,6 +62,7 @@ type wire struct {
 // ours: that it was counted says that all before it are done with.
 const witnessTable = `
 table inet witness {
+	counter left { }
 	counter arrived { }
 	counter sentinel { }
 	set seen4 { typeof ip id; size 65535; }
@@ -69,6 +71,15 @@ table inet witness {
 		type filter hook prerouting priority -310; policy accept;
 		ip saddr 198.18.255.255 udp sport 9 udp dport 9 counter name sentinel drop
 		iifname != "lo" counter name arrived
+	}
+	chain onward {
+		type filter hook forward priority 1073741824; policy accept;
+		meta nfproto ipv4 add @seen4 { ip id }
+		meta nfproto ipv6 add @seen6 { @nh,16,16 }
+	}
+	chain leave {
+		type filter hook output priority 1073741824; policy accept;
+		oifname != "lo" meta l4proto != { icmp, icmpv6, igmp } counter name left
 	}
 	chain pass {
 		type filter hook input priority 1073741824; policy accept;
@@ -309,6 +320,26 @@ func (w *wire) send(packets ...*packet) testimony {
 		w.id++
 		p.id = w.id
 	}
+	return w.finish(packets)
+}
+
+// flood sends n packets, more than there are ids. A batch is no longer than what
+// the kernel queues for a processor (net.core.netdev_max_backlog).
+func (w *wire) flood(n int, one func(i int) *packet) {
+	w.Helper()
+	const batch = 512
+	for i := 0; i < n; i += batch {
+		var packets []*packet
+		for k := i; k < min(n, i+batch); k++ {
+			packets = append(packets, one(k))
+		}
+		w.finish(packets)
+	}
+}
+
+// finish sends packets and waits until the host has done with them.
+func (w *wire) finish(packets []*packet) testimony {
+	w.Helper()
 	if err := w.transmit(packets); err != nil {
 		w.Fatalf("send: %v", err)
 	}
