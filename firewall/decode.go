@@ -48,8 +48,8 @@ type setState struct {
 	definition string
 	anonymous  bool
 	constant   bool
-	meter      bool      // filled by packets: its elements are no part of a ruleset
-	elements   []string  // canonical, sorted
+	meter      bool     // filled by packets: its elements are no part of a ruleset
+	elements   []string // canonical, sorted
 	// first and last say when elements vanish by themselves; zero: none does.
 	first, last time.Time
 }

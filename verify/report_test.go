@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -138,21 +139,52 @@ func TestInterfaceNotKnown(t *testing.T) {
 	v.In = ""
 	rs := compileText(t, "[open.dns]\nports = 53\nprotocol = \"udp\"\ninterfaces = \"docker0\"\n")
 	r := Judge(JudgeConfig{Rules: rs, Views: []View{v}}, &Result{Paths: []PathResult{res}})
-	if r.Verdict != Pass || !strings.Contains(strings.Join(r.Notes, "\n"), "1 port not judged") {
+	if r.Verdict != Pass { // as by an interface that no rule names
 		t.Errorf("%s %v %v", r.Verdict, r.Findings, r.Notes)
 	}
-	for i, p := range v.Path.UDP {
-		if p == 53 {
-			res.UDP[i] = Answer{Open, UDPAnswer}
+	open := func(ports ...uint16) *Report {
+		for i, p := range v.Path.UDP {
+			if slices.Contains(ports, p) {
+				res.UDP[i] = Answer{Open, UDPAnswer}
+			}
 		}
-		if p == 54 {
-			res.UDP[i] = Answer{Open, UDPAnswer}
-		}
+		return Judge(JudgeConfig{Rules: rs, Views: []View{v}}, &Result{Paths: []PathResult{res}})
 	}
-	r = Judge(JudgeConfig{Rules: rs, Views: []View{v}}, &Result{Paths: []PathResult{res}})
-	if len(r.Findings) != 1 || r.Findings[0].Port != 54 {
-		t.Errorf("findings %+v", r.Findings)
+	// Reachable, which the policy allows by docker0 only: nothing can be said.
+	if r = open(53); r.Verdict != Inconclusive || len(r.Findings) != 0 || !strings.Contains(strings.Join(r.Notes, "\n"), "not judged: 53/udp") {
+		t.Errorf("%s %v %v", r.Verdict, r.Findings, r.Notes)
 	}
+	if r = open(53, 54); r.Verdict != Fail || len(r.Findings) != 1 || r.Findings[0].Port != 54 {
+		t.Errorf("%s %+v", r.Verdict, r.Findings)
+	}
+}
+
+// A witness that did not see every probe arrive proves nothing, and a limited
+// opening that admits nobody is shut.
+func TestJudgeDoubts(t *testing.T) {
+	lost := arrivedAll()
+	lost.Arrived[rules.UDP][20001] = 99
+	const dns = "[open.dns]\nports = 53\nprotocol = \"udp\"\n"
+	if r := judged(t, dns, nil, lost); r.Verdict != Inconclusive || len(r.Findings) != 1 || strings.Contains(conclusion(t, r), "tripwire") {
+		t.Errorf("a listed port whose probe did not arrive: %s %v", r.Verdict, r.Findings)
+	}
+	const limited = "[open.api]\nports = [80, 81]\nrate = { limit = \"10/second\" }\n"
+	if r := judged(t, limited, nil, arrivedAll()); r.Verdict != Fail || len(r.Findings) != 1 || r.Findings[0].Rule != "api" {
+		t.Errorf("a limited opening that admits nobody: %s %v", r.Verdict, r.Findings)
+	}
+	r := judged(t, limited, map[Target]Answer{{rules.TCP, 81}: {Open, SynAck}}, arrivedAll())
+	if r.Verdict != Pass || r.ports != 198 {
+		t.Errorf("a limited opening: %s, %d ports judged, %v", r.Verdict, r.ports, r.Findings)
+	}
+}
+
+func conclusion(t *testing.T, r *Report) string {
+	t.Helper()
+	var b bytes.Buffer
+	if err := r.WriteText(&b); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
 }
 
 // The fields of the contract, by name.

@@ -146,10 +146,8 @@ func TestVerifyTarget(t *testing.T) {
 		t.Errorf("bound %g", r.Bound)
 	}
 	notes := strings.Join(r.Notes, "\n")
-	for _, note := range []string{"unproved: silence", "not judged"} {
-		if !strings.Contains(notes, note) {
-			t.Errorf("no note %q: %q", note, r.Notes)
-		}
+	if !strings.Contains(notes, "unproved: silence") {
+		t.Errorf("notes %q", r.Notes)
 	}
 
 	// A hole is named, by port and family, with exit 1.
