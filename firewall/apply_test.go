@@ -145,6 +145,10 @@ func TestApplyRepairsTampering(t *testing.T) {
 		"counter added":          `add counter inet deadlight extra`,
 		"quota added":            `add quota inet deadlight extra { over 20 mbytes }`,
 		"anonymous set":          `insert rule inet deadlight open_web tcp dport { 1, 2 } accept`,
+		"anonymous chain":        `insert rule inet deadlight gate tcp dport 9 jump { accept; }`,
+		"constant set":           `add set inet deadlight foo { type ipv4_addr; flags constant; elements = { 1.2.3.4 }; }; insert rule inet deadlight gate ip saddr @foo accept`,
+		"expiry made permanent":  `delete element inet deadlight open_vendors_until { ipv4 }; add element inet deadlight open_vendors_until { ipv4 }`,
+		"log to the console":     `insert rule inet deadlight open_web log level emerg`,
 		"limit in a rule":        `insert rule inet deadlight open_web limit rate 1/day accept`,
 	}
 	for name, command := range tamper {
@@ -357,6 +361,42 @@ func TestLargePolicy(t *testing.T) {
 		}
 		if n := strings.Count(listTable(t), "\tchain open_r"); n != 1000 {
 			t.Errorf("%d rule chains", n)
+		}
+	})
+}
+
+// A table that somebody else made first is taken over; its comment cannot change.
+func TestApplyIntoForeignTable(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		nft(t, `add table inet deadlight { comment "mine"; }`)
+		c := dial(t)
+		mustApply(t, c, ruleset(t, little))
+		if res := mustApply(t, c, ruleset(t, little)); len(res.Changed) != 0 {
+			t.Errorf("second apply: %v", res.Changed)
+		}
+	})
+}
+
+// The elements of a meter carry the limit they were made with: a new limit must
+// not leave them in force, an unchanged one must not forget what was counted.
+func TestChangedLimitEmptiesItsMeter(t *testing.T) {
+	policy := func(limit int) string {
+		return fmt.Sprintf("[open.a]\nports = 80\nrate = { limit = \"%d/minute\" }\n", limit)
+	}
+	inNamespace(t, func(t *testing.T) {
+		c := dial(t)
+		mustApply(t, c, ruleset(t, policy(10)))
+		nft(t, "add element inet deadlight open_a_rate4 { 192.0.2.1 }")
+		held := func() bool {
+			return strings.Contains(nft(t, "list", "set", "inet", "deadlight", "open_a_rate4"), "192.0.2.1")
+		}
+		mustApply(t, c, ruleset(t, policy(10)+"[open.b]\nports = 81\n"))
+		if !held() {
+			t.Error("a reload that did not change the limit emptied the meter")
+		}
+		mustApply(t, c, ruleset(t, policy(20)))
+		if held() {
+			t.Error("a changed limit left the meter as it was")
 		}
 	})
 }
