@@ -155,7 +155,10 @@ func (w *World) build(cfg WorldConfig) error {
 	if err := w.Host(func() error { return w.configureHost(cfg) }); err != nil {
 		return err
 	}
-	return w.awaitCarrier()
+	if err := w.awaitCarrier(); err != nil {
+		return err
+	}
+	return w.Host(awaitAddresses)
 }
 
 // Settings of the host that make it accept and answer what a test sends, and
@@ -357,6 +360,42 @@ func (w *World) awaitCarrier() error {
 			return nil
 		case time.Now().After(deadline):
 			return fmt.Errorf("interface %q does not come up", down)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// awaitAddresses waits until packets to every IPv6 address of the host are its
+// own: the kernel adds that route later than the address (addrconf_dad_work), and
+// takes the packets for transit until then. It runs inside the host.
+func awaitAddresses() error {
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		links, err := netlink.LinkList()
+		if err != nil {
+			return err
+		}
+		missing := ""
+		for _, l := range links {
+			addrs, err := netlink.AddrList(l, netlink.FAMILY_V6)
+			if err != nil {
+				return err
+			}
+			for _, addr := range addrs {
+				a, _ := netip.AddrFromSlice(addr.IP)
+				if a.IsLinkLocalUnicast() {
+					a = a.WithZone(l.Attrs().Name)
+				}
+				if _, err := routeTo(a); !errors.Is(err, ErrLocalTarget) {
+					missing = a.String()
+				}
+			}
+		}
+		switch {
+		case missing == "":
+			return nil
+		case time.Now().After(deadline):
+			return fmt.Errorf("address %s does not come up", missing)
 		}
 		time.Sleep(time.Millisecond)
 	}
