@@ -1,0 +1,462 @@
+package firewall
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"deadlight/rules"
+)
+
+// Target is what was last applied.
+type Target struct {
+	Policy   string // the path of it
+	Snapshot *Snapshot
+	// Ruleset loads it again; nil when the sources are not there any more. Reason
+	// then says why.
+	Ruleset *rules.Ruleset
+	Reason  error
+}
+
+// Applied tells a [Guard] what was last applied. It is used by one goroutine.
+type Applied interface {
+	// Target gives the same pointer until something else was applied. The error is
+	// [ErrNothingApplied] when there is nothing to guard.
+	Target() (*Target, error)
+	// TryLock keeps applies out; ok is false while one is at work.
+	TryLock() (unlock func() error, ok bool, err error)
+}
+
+// ErrNothingApplied: there is nothing that the kernel could be compared with.
+var ErrNothingApplied = errors.New("nothing is applied")
+
+// Guard compares the table in the kernel with what was last applied: at first,
+// after every transaction that touches it, after events were lost, and from time
+// to time. With Heal it puts back what was applied. It writes nothing else.
+type Guard struct {
+	GuardOptions
+	Stats Stats
+
+	conn    *Conn
+	mon     *Monitor
+	table   string
+	applied Applied
+	proc    string // of the processes that the kernel names; empty: they are not ours to see
+
+	due      time.Time // of the next comparison
+	touched  time.Time // the first event since the last one; zero: none
+	urgent   bool
+	suspects []Actor
+	own      uint32 // the generation of our last heal
+	backoff  backoff
+	heldTill time.Time
+
+	target *Target // of the last comparison
+	absent bool
+	drift  []Difference // as reported; nil: none
+	stuck  *Target      // it cannot be put back, or not wholly
+	rest   []Difference // what stays different after a heal of stuck
+	failed string       // the last error that was reported
+}
+
+// GuardOptions are set before Run.
+type GuardOptions struct {
+	Heal     bool
+	Interval time.Duration // between comparisons when nothing happens
+	// Report is told what happens, on the goroutine of Run.
+	Report func(Report)
+	// Tick is called about every TickEvery, on the goroutine of Run, to show that it
+	// lives.
+	Tick      func()
+	TickEvery time.Duration
+}
+
+// Stats counts since the start.
+type Stats struct {
+	Transactions uint64 // of any table
+	Lost         uint64 // times that the kernel dropped events
+	Heals        uint64
+	LastCheck    time.Time
+	Generation   uint32 // of the last comparison
+	Drift        bool
+}
+
+// Report is something that a [Guard] has found or done.
+type Report struct {
+	Kind        ReportKind
+	Generation  Generation
+	Differences []Difference // between the kernel and what was applied
+	By          []Actor      // who wrote the table since the last comparison; nil: not known
+	Wait        time.Duration
+	Took        time.Duration // from the event to the end of the heal
+	Policy      string
+	Err         error
+}
+
+// ReportKind says what a [Report] is about.
+type ReportKind string
+
+// The kinds of reports.
+const (
+	ReportClean   ReportKind = "clean"   // a comparison found no difference
+	ReportApplied ReportKind = "applied" // something else was applied, and the kernel holds it
+	ReportDrift   ReportKind = "drift"   // the kernel holds something else than was applied
+	ReportUndone  ReportKind = "undone"  // a drift ended without us
+	ReportHealed  ReportKind = "healed"  // what was applied is back
+	ReportHeld    ReportKind = "held"    // it is put back only after Wait: somebody keeps changing it
+	ReportGaveUp  ReportKind = "gave up" // it is not put back any more, until something is applied
+	ReportStuck   ReportKind = "stuck"   // it cannot be put back
+	ReportLost    ReportKind = "lost"    // the kernel dropped events
+	ReportAbsent  ReportKind = "absent"  // nothing is applied
+	ReportFailed  ReportKind = "failed"  // a comparison or a heal failed; it is tried again
+)
+
+// After the last event of a change, and after the first, a comparison waits.
+const (
+	quiet     = 20 * time.Millisecond
+	noisyMost = 200 * time.Millisecond
+	busyWait  = 50 * time.Millisecond // for an apply that is at work
+	failWait  = time.Second
+)
+
+// NewGuard dials in the namespace that [Dial] would go to.
+func NewGuard(ns *os.File, table string, applied Applied, o GuardOptions) (*Guard, error) {
+	return newGuard(ns, table, applied, o, monitorBuffer)
+}
+
+func newGuard(ns *os.File, table string, applied Applied, o GuardOptions, buffer int) (_ *Guard, err error) {
+	g := &Guard{GuardOptions: o, table: table, applied: applied, backoff: newBackoff()}
+	// The events first: what happens after them is seen by the first comparison or
+	// is an event.
+	if g.mon, err = dialMonitor(ns, table, buffer); err != nil {
+		return nil, err
+	}
+	if g.conn, err = Dial(ns); err != nil {
+		return nil, errors.Join(err, g.mon.Close())
+	}
+	ours, err := g.conn.pidsAreOurs()
+	if err != nil {
+		return nil, errors.Join(err, g.Close())
+	}
+	if ours {
+		g.proc = "/proc"
+	}
+	return g, nil
+}
+
+// Close closes the sockets, after Run has ended.
+func (g *Guard) Close() error { return errors.Join(g.mon.Close(), g.conn.Close()) }
+
+// Counters reads the named counters of the table. It is for Report and Tick.
+func (g *Guard) Counters() (map[string]Counter, error) { return g.conn.Counters(g.table) }
+
+// Run guards until ctx is done, and gives its error then.
+func (g *Guard) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	heard, ended := make(chan heard, 64), make(chan error, 1)
+	go func() { ended <- g.listen(ctx, heard) }()
+	running := true
+	defer func() {
+		cancel()
+		if running {
+			<-ended
+		}
+	}()
+	g.due = time.Now()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var tick <-chan time.Time
+	if g.Tick != nil && g.TickEvery > 0 {
+		t := time.NewTicker(g.TickEvery)
+		defer t.Stop()
+		tick = t.C
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case err := <-ended:
+			running = false
+			return err
+		case h := <-heard:
+			g.hear(h)
+		case <-tick:
+			g.Tick()
+		case <-timer.C:
+		}
+		if !time.Now().Before(g.due) {
+			g.compare(ctx)
+		}
+		timer.Reset(time.Until(g.due))
+	}
+}
+
+type heard struct {
+	Batch
+	by Actor
+}
+
+// listen hands on what the monitor hears. A process is looked at as soon as it is
+// heard of: nft lives for some milliseconds only.
+func (g *Guard) listen(ctx context.Context, out chan<- heard) error {
+	for {
+		b, err := g.mon.Next(ctx)
+		if err != nil {
+			return err
+		}
+		h := heard{Batch: b, by: Actor{PID: b.Generation.PID, Comm: b.Generation.Comm}}
+		if len(b.Touches) > 0 && g.proc != "" {
+			h.by = actor(g.proc, b.Generation)
+		}
+		select {
+		case out <- h:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (g *Guard) hear(h heard) {
+	if h.Lost {
+		g.Stats.Lost++
+		g.due, g.touched = h.At, h.At
+		g.suspects = append(g.suspects, Actor{})
+		g.tell(Report{Kind: ReportLost})
+		return
+	}
+	g.Stats.Transactions++
+	if len(h.Touches) == 0 || h.Generation.ID == g.own {
+		return
+	}
+	if !slices.Contains(g.suspects, h.by) && len(g.suspects) < 10 {
+		g.suspects = append(g.suspects, h.by)
+	}
+	if g.touched.IsZero() {
+		g.touched = h.At
+	}
+	if h.Urgent() {
+		g.urgent, g.due = true, h.At
+		return
+	}
+	due := h.At.Add(quiet)
+	if most := g.touched.Add(noisyMost); due.After(most) {
+		due = most
+	}
+	if !g.urgent {
+		g.due = due
+	}
+}
+
+// tell reports with who wrote, as far as that is known.
+func (g *Guard) tell(r Report) {
+	if g.Report == nil {
+		return
+	}
+	if !slices.Contains(g.suspects, Actor{}) {
+		r.By = g.suspects
+	}
+	g.Report(r)
+}
+
+// compare looks at the kernel, and heals.
+func (g *Guard) compare(ctx context.Context) {
+	now := time.Now()
+	g.due = now.Add(g.Interval)
+	target, err := g.applied.Target()
+	switch {
+	case errors.Is(err, ErrNothingApplied):
+		if !g.absent {
+			g.tell(Report{Kind: ReportAbsent})
+		}
+		g.absent, g.target, g.drift, g.Stats.Drift = true, nil, nil, false
+		g.forget()
+		return
+	case err != nil:
+		g.fail(err)
+		return
+	}
+	g.absent = false
+	if g.urgent && g.Heal && g.target == target && target.Ruleset != nil && g.backoff.wait(now) == 0 && !g.backoff.over() {
+		// What is missing is said by Apply, after it is back.
+		g.heal(target, true)
+		return
+	}
+	is, err := g.conn.Snapshot(g.table)
+	if err != nil {
+		g.fail(err)
+		return
+	}
+	g.failed = ""
+	g.Stats.LastCheck, g.Stats.Generation = is.at, is.Generation.ID
+	d := Diff(is, target.Snapshot)
+	if len(d) == 0 {
+		g.clean(target, is.Generation)
+		return
+	}
+	// An apply changes the kernel first and the record then, under a lock: without
+	// it, and with the same record as before, nobody but somebody else did this.
+	if busy, err := g.busy(target); err != nil {
+		g.fail(err)
+		return
+	} else if busy {
+		g.due = now.Add(busyWait)
+		return
+	}
+	fresh := g.target != target || !slices.Equal(d, g.drift)
+	g.target, g.Stats.Drift = target, true
+	if fresh || !g.touched.IsZero() {
+		g.drift = d
+		g.tell(Report{Kind: ReportDrift, Generation: is.Generation, Differences: d, Policy: target.Policy})
+	}
+	if g.Heal && ctx.Err() == nil {
+		g.heal(target, false)
+		return
+	}
+	g.forget()
+}
+
+// forget drops what a comparison has dealt with.
+func (g *Guard) forget() { g.suspects, g.touched, g.urgent = nil, time.Time{}, false }
+
+func (g *Guard) fail(err error) {
+	g.due = time.Now().Add(min(failWait, g.Interval))
+	if err.Error() != g.failed {
+		g.failed = err.Error()
+		g.tell(Report{Kind: ReportFailed, Err: err, Wait: time.Until(g.due)})
+	}
+}
+
+func (g *Guard) clean(target *Target, gen Generation) {
+	if g.target != target {
+		g.backoff = newBackoff() // somebody is at the wheel again
+		g.stuck, g.rest = nil, nil
+	}
+	kind := ReportClean
+	switch {
+	case g.target != target && g.target != nil:
+		kind = ReportApplied
+	case g.drift != nil:
+		kind = ReportUndone
+	}
+	g.target, g.drift, g.Stats.Drift = target, nil, false
+	g.tell(Report{Kind: kind, Generation: gen, Policy: target.Policy})
+	g.forget()
+}
+
+// busy reports whether an apply is at work, or was since the target was read.
+func (g *Guard) busy(target *Target) (bool, error) {
+	unlock, ok, err := g.applied.TryLock()
+	if err != nil || !ok {
+		return true, err
+	}
+	now, err := g.applied.Target()
+	if errors.Is(err, ErrNothingApplied) {
+		now, err = nil, nil
+	}
+	return now != target, errors.Join(err, unlock())
+}
+
+// heal puts the target back. When the table is gone (urgent) nobody has looked
+// what is missing, and nobody has been told.
+func (g *Guard) heal(target *Target, urgent bool) {
+	now := time.Now()
+	switch {
+	case target.Ruleset == nil:
+		if g.stuck != target {
+			g.stuck = target
+			g.tell(Report{Kind: ReportStuck, Policy: target.Policy, Err: target.Reason})
+		}
+		g.forget()
+		return
+	case !urgent && g.stuck == target && slices.Equal(g.drift, g.rest):
+		g.forget()
+		return
+	case g.backoff.over():
+		if !g.backoff.said {
+			g.backoff.said = true
+			g.tell(Report{Kind: ReportGaveUp, Policy: target.Policy})
+		}
+		g.forget()
+		return
+	}
+	if wait := g.backoff.wait(now); wait > 0 {
+		if till := now.Add(wait); till.Sub(g.heldTill).Abs() > failWait/10 {
+			g.heldTill = till
+			g.tell(Report{Kind: ReportHeld, Wait: wait, Policy: target.Policy})
+		}
+		g.due = now.Add(min(wait, g.Interval))
+		g.forget()
+		return
+	}
+	unlock, ok, err := g.applied.TryLock()
+	if err != nil {
+		g.fail(err)
+		return
+	}
+	if !ok {
+		g.due = now.Add(busyWait)
+		return
+	}
+	res, current, err := g.putBack(target)
+	if err := errors.Join(err, unlock()); err != nil {
+		g.backoff.healed(now)
+		g.fail(fmt.Errorf("put back what was applied: %w", err))
+		return
+	}
+	if !current {
+		g.due = now
+		return
+	}
+	if g.touched.IsZero() {
+		g.touched = now
+	}
+	took := time.Since(g.touched)
+	if urgent && len(res.Changed) > 0 {
+		g.tell(Report{Kind: ReportDrift, Generation: res.Generation, Differences: res.Changed, Policy: target.Policy})
+	}
+	if len(res.Changed) > 0 {
+		g.backoff.healed(now)
+		g.Stats.Heals++
+		g.own = res.Generation.ID
+		g.tell(Report{Kind: ReportHealed, Generation: res.Generation, Differences: res.Changed, Took: took, Policy: target.Policy})
+	}
+	g.settle(target, res.Generation.ID)
+}
+
+// putBack applies the target unless something else was applied meanwhile.
+func (g *Guard) putBack(target *Target) (Result, bool, error) {
+	now, err := g.applied.Target()
+	if errors.Is(err, ErrNothingApplied) || err == nil && now != target {
+		return Result{}, false, nil
+	}
+	if err != nil {
+		return Result{}, false, err
+	}
+	res, err := g.conn.Apply(target.Ruleset)
+	return res, true, err
+}
+
+// settle looks whether a heal led to what was recorded: another version of
+// Deadlight may compile the same policy to another table.
+func (g *Guard) settle(target *Target, healed uint32) {
+	g.forget()
+	is, err := g.conn.Snapshot(g.table)
+	if err != nil {
+		g.fail(err)
+		return
+	}
+	g.Stats.LastCheck, g.Stats.Generation = is.at, is.Generation.ID
+	if is.Generation.ID != healed {
+		g.due = time.Now() // somebody wrote again
+		return
+	}
+	d := Diff(is, target.Snapshot)
+	g.drift, g.Stats.Drift = d, len(d) > 0
+	if len(d) > 0 {
+		g.stuck, g.rest = target, d
+		g.tell(Report{Kind: ReportStuck, Generation: is.Generation, Differences: d, Policy: target.Policy})
+	}
+}
