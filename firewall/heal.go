@@ -331,7 +331,7 @@ func (g *Guard) fail(err error) {
 
 func (g *Guard) clean(target *Target, gen Generation) {
 	if g.target != target {
-		g.backoff = newBackoff() // somebody is at the wheel again
+		g.backoff.forget() // somebody is at the wheel again
 		g.stuck, g.rest = nil, nil
 	}
 	kind := ReportClean
@@ -449,7 +449,13 @@ func (g *Guard) settle(target *Target, healed uint32) {
 		return
 	}
 	g.Stats.LastCheck, g.Stats.Generation = is.at, is.Generation.ID
-	if is.Generation.ID != healed {
+	// Asked again, since a table that was not there is read without a second look.
+	last, err := g.conn.Generation()
+	if err != nil {
+		g.fail(err)
+		return
+	}
+	if last.ID != healed {
 		g.due = time.Now() // somebody wrote again
 		return
 	}

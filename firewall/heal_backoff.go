@@ -42,3 +42,6 @@ func (b *backoff) healed(now time.Time) {
 	b.heals++
 	b.last = now
 }
+
+// forget begins anew.
+func (b *backoff) forget() { b.heals, b.last, b.said = 0, time.Time{}, false }

@@ -23,7 +23,12 @@ import (
 const askEnv = "DEADLIGHT_TEST_ASK_PID"
 
 func becomeProgram() error {
-	runtime.LockOSThread()
+	runtime.LockOSThread() // never unlocked: the next goroutine gets another thread
+	if unix.Gettid() != os.Getpid() {
+		again := make(chan error)
+		go func() { again <- becomeProgram() }()
+		return <-again
+	}
 	c, err := Dial(nil)
 	if err != nil {
 		return err
