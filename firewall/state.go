@@ -462,11 +462,11 @@ func (s *State) Clear() error {
 	return s.sweep()
 }
 
-// Settle says what is applied, given what the kernel holds. An apply that was
-// killed may have come through: if the kernel holds what it meant, that is what
-// is applied. Under [State.Lock] the rest of its work is done. Errors as of
-// Good.
-func (s *State) Settle(is *Snapshot, here Namespace) (*Record, error) {
+// Settle says what is applied. An apply that was killed may have come through:
+// if the kernel holds what it meant, that is what is applied; look is asked only
+// then. Under [State.Lock] the rest of its work is done. Errors as of Good, and
+// those of look.
+func (s *State) Settle(look func() (*Snapshot, error), here Namespace) (*Record, error) {
 	next, err := s.Next()
 	switch {
 	case errors.Is(err, ErrNoState):
@@ -475,11 +475,18 @@ func (s *State) Settle(is *Snapshot, here Namespace) (*Record, error) {
 		// It was never acted on: it is written whole before the kernel is asked.
 	case err != nil:
 		return nil, err
-	case next.Namespace.Is(here) && is.Present && len(Diff(is, next.Snapshot)) == 0:
-		if s.exclusive {
-			err = s.Commit(is.Generation.ID)
+	default:
+		is, err := look()
+		if err != nil {
+			return nil, err
 		}
-		return next, err
+		if next.Namespace.Is(here) && is.Present && len(Diff(is, next.Snapshot)) == 0 {
+			next.Generation = is.Generation.ID
+			if s.exclusive {
+				err = s.Commit(next.Generation)
+			}
+			return next, err
+		}
 	}
 	if s.exclusive {
 		if err := s.Discard(); err != nil {

@@ -315,7 +315,7 @@ func TestStateSurvivesASuddenEnd(t *testing.T) {
 					if _, err := s.Good(); err != nil {
 						t.Errorf("%s, %s: good: %v", where, look, err)
 					}
-					got, err := s.Settle(is, here)
+					got, err := s.Settle(func() (*Snapshot, error) { return c.Snapshot(rules.TableName) }, here)
 					if err != nil {
 						t.Fatalf("%s, %s: %v", where, look, err)
 					}
@@ -580,9 +580,6 @@ func besideMain(fn func()) {
 
 func TestStateDir(t *testing.T) {
 	besideMain(func() {
-		if dir, err := StateDir(); err != nil || dir != "/var/lib/deadlight" {
-			t.Errorf("in the namespace of PID 1: %s, %v", dir, err)
-		}
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			t.Error(err)
 			return
