@@ -101,6 +101,11 @@ func NewSource(name string, data []byte) Source {
 	return Source{Name: name, SHA256: digest(data), Size: int64(len(data)), data: data}
 }
 
+// Is reports whether the source holds just these bytes.
+func (s *Source) Is(data []byte) bool {
+	return s.Size == int64(len(data)) && s.SHA256 == digest(data)
+}
+
 // Glob is a pattern of a policy with the names that it stood for.
 type Glob struct {
 	Pattern string   `json:"pattern"`
@@ -203,6 +208,18 @@ func (s *State) Lock() error {
 		return err
 	}
 	return s.flock(os.O_RDWR|os.O_CREATE, unix.LOCK_EX)
+}
+
+// TryLock is Lock without waiting: ok is false while another process is at work.
+func (s *State) TryLock() (ok bool, err error) {
+	now := *s
+	now.wait = 0
+	err = now.Lock()
+	if errors.Is(err, ErrLocked) {
+		return false, nil
+	}
+	s.lock, s.exclusive = now.lock, now.exclusive
+	return err == nil, err
 }
 
 // LockShared keeps writers out while the state is read. Where nothing was ever

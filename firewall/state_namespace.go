@@ -46,7 +46,8 @@ func (c *Conn) Namespace() (Namespace, error) {
 
 // StateDir is where the state of the calling thread's network namespace is kept:
 // /var/lib/deadlight for that of PID 1, else a directory that ends with the boot,
-// as the namespace does.
+// as the namespace does. Where that cannot be told it is taken for another one:
+// the state of the host must not be lost to a container.
 func StateDir() (string, error) {
 	const host = "/var/lib/deadlight"
 	own, err := stat("/proc/thread-self/ns/net")
@@ -63,13 +64,10 @@ func StateDir() (string, error) {
 	case !errors.Is(err, fs.ErrPermission):
 		return "", fmt.Errorf("identify the network namespace of PID 1: %w", err)
 	}
-	// Not allowed to look: a service without CAP_SYS_PTRACE, or a user namespace,
-	// whose network is never the host's.
-	users, err := os.ReadFile("/proc/self/uid_map")
-	if err != nil {
-		return "", fmt.Errorf("identify the user namespace: %w", err)
-	}
-	if f := strings.Fields(string(users)); len(f) == 3 && f[0] == "0" && f[1] == "0" && f[2] == "4294967295" {
+	// Not allowed to look: a service or a container without CAP_SYS_PTRACE. The
+	// kernel's first namespace is the host's, and this setting is there alone
+	// (net_core_table, net/core/sysctl_net_core.c).
+	if _, err := stat("/proc/sys/net/core/netdev_max_backlog"); err == nil {
 		return host, nil
 	}
 	return elsewhere, nil

@@ -539,7 +539,16 @@ func TestStateLock(t *testing.T) {
 			t.Errorf("while another holds it: %v", err)
 		}
 	}
+	if ok, err := second.TryLock(); ok || err != nil {
+		t.Errorf("TryLock while another holds it: %v, %v", ok, err)
+	}
 	if err := first.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := second.TryLock(); !ok || err != nil {
+		t.Errorf("TryLock of a free state: %v, %v", ok, err)
+	}
+	if err := second.Unlock(); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range []*State{first, second} { // readers do not mind each other
@@ -607,6 +616,41 @@ func TestStateDir(t *testing.T) {
 			t.Error("a namespace with a used inode number is taken for the old one")
 		}
 	})
+}
+
+func TestStateActors(t *testing.T) {
+	s := lockedState(t, t.TempDir())
+	here, there := Namespace{Cookie: 1, Boot: "a"}, Namespace{Cookie: 2, Boot: "a"}
+	if got, err := s.Actors(here, 0); err != nil || got != nil {
+		t.Fatalf("before anybody listened: %v, %v", got, err)
+	}
+	for id := range uint32(2000) { // more than are kept
+		if err := s.NoteActor(here, Generation{ID: id, PID: 7, Comm: "nft\n\x1b[2J"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.NoteActor(there, Generation{ID: 5000}); err != nil {
+		t.Fatal(err)
+	}
+	got, err := s.Actors(here, 1997)
+	want := []Generation{{1998, 7, "nft\n\x1b[2J"}, {1999, 7, "nft\n\x1b[2J"}}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("got %v, %v, want %v", got, err, want)
+	}
+	path := filepath.Join(s.Dir(), actorsName)
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.Size() > largestActors+1000 || info.Mode().Perm() != 0o600 {
+		t.Errorf("%d bytes, mode %04o", info.Size(), info.Mode().Perm())
+	}
+	if err := os.Truncate(path, info.Size()-200); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.Actors(here, 1997); err != nil || len(got) != 1 {
+		t.Errorf("cut short: %v, %v", got, err)
+	}
 }
 
 // BenchmarkState is the state's share of an apply that changes one line of a

@@ -51,7 +51,7 @@ func apply(e env, file, dir string) error {
 		}
 		return refused(errors.New("an expectation of the policy does not hold: ruleset as before"), "deadlight check "+file)
 	}
-	res, err := applyHere(e, file, dir, rs, from)
+	res, err := applyAndRecord(e, file, dir, rs, from)
 	if err != nil {
 		return hostError(err, "deadlight apply "+file)
 	}
@@ -63,9 +63,9 @@ func apply(e env, file, dir string) error {
 	return nil
 }
 
-// applyHere loads a ruleset into the network namespace of the calling thread and
+// applyAndRecord loads a ruleset into the network namespace of the calling thread and
 // keeps the record of it: what is meant is on disk before the kernel is asked.
-func applyHere(e env, file, dir string, rs *rules.Ruleset, from *sources) (res firewall.Result, err error) {
+func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources) (res firewall.Result, err error) {
 	h, err := openHost(dir, true)
 	if err != nil {
 		return res, err
@@ -116,6 +116,17 @@ func applyHere(e env, file, dir string, rs *rules.Ruleset, from *sources) (res f
 		return res, err
 	}
 	return res, nil
+}
+
+// applyHere loads a ruleset into the network namespace of the calling thread and
+// keeps no record of it.
+func applyHere(rs *rules.Ruleset) (res firewall.Result, err error) {
+	conn, err := firewall.Dial(nil)
+	if err != nil {
+		return res, err
+	}
+	defer func() { err = errors.Join(err, conn.Close()) }()
+	return conn.Apply(rs)
 }
 
 func newRemoveCommand(e env) *cobra.Command {

@@ -84,8 +84,7 @@ func readFile(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	ours := strings.HasPrefix(name, "/dev/fd/") || strings.HasPrefix(name, "/proc/self/fd/") || name == "/dev/stdin"
-	if !info.Mode().IsRegular() && !(ours && info.Mode()&fs.ModeNamedPipe != 0) {
+	if !info.Mode().IsRegular() && !(fromPipe(name) && info.Mode()&fs.ModeNamedPipe != 0) {
 		err := errors.New("not a regular file")
 		if info.IsDir() {
 			err = syscall.EISDIR
@@ -101,6 +100,11 @@ func readFile(name string) ([]byte, error) {
 	b := bytes.NewBuffer(make([]byte, 0, min(info.Size(), largestFile)+bytes.MinRead))
 	_, err = b.ReadFrom(io.LimitReader(f, largestFile))
 	return b.Bytes(), err
+}
+
+// fromPipe reports whether a name stands for what the shell has opened for us.
+func fromPipe(name string) bool {
+	return strings.HasPrefix(name, "/dev/fd/") || strings.HasPrefix(name, "/proc/self/fd/") || name == "/dev/stdin"
 }
 
 // inFileOrder sorts problems by place; files stay in the order they were read.

@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"deadlight/firewall"
@@ -25,7 +24,8 @@ type portJSON struct {
 	After     string         `json:"after"`
 	Listeners []listenerJSON `json:"listeners"`
 
-	opened, closed bool // for a stranger or some of them
+	opened, closed bool // for somebody
+	open           bool // afterwards
 	lo, hi         int
 }
 
@@ -182,6 +182,11 @@ func names(t *rules.Traffic, p rules.Protocol, port uint16) bool {
 		}
 	}
 	return false
+}
+
+// names reports whether an opening names the port.
+func (o *outlook) names(p rules.Protocol, port uint16) bool {
+	return slices.ContainsFunc(o.rs.OpensAt(p, port), func(op *rules.Open) bool { return !op.Any })
 }
 
 // closed is what a port meets that nothing opens.
@@ -366,8 +371,7 @@ func changedRuns(b *portsBefore, will *outlook, p rules.Protocol, found []listen
 	var byFamily [2][]portJSON
 	for i := range len(cuts) - 1 {
 		lo, hi := cuts[i], cuts[i+1]-1
-		isNamed := named[lo] || len(will.rs.OpensAt(p, uint16(lo))) > 0 || b.was != nil && len(b.was.rs.OpensAt(p, uint16(lo))) > 0
-		if !isNamed {
+		if !named[lo] && !will.names(p, uint16(lo)) && (b.was == nil || !b.was.names(p, uint16(lo))) {
 			continue
 		}
 		for f, v4 := range []bool{true, false} {
@@ -412,7 +416,7 @@ func changedRow(b *portsBefore, will *outlook, p rules.Protocol, lo, hi int, v4 
 	}
 	return portJSON{
 		Protocol: p.String(), Family: family(v4), Before: was.text, After: is.text, Listeners: []listenerJSON{},
-		opened: !was.open && is.open, closed: was.open && !is.open, lo: lo, hi: hi,
+		opened: !was.open && is.open, closed: was.open && !is.open, open: is.open, lo: lo, hi: hi,
 	}, changed, nil
 }
 
@@ -507,7 +511,7 @@ func (r *portJSON) name(found []listener, p rules.Protocol) {
 
 // printPorts renders the table for people.
 func printPorts(out io.Writer, rows []portJSON) error {
-	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	w := newTable(out)
 	for _, r := range rows {
 		what := r.Port + "/" + r.Protocol
 		switch {
@@ -529,7 +533,7 @@ func printPorts(out io.Writer, rows []portJSON) error {
 			by = append(by, map[string]string{
 				"gains": name + " becomes reachable", "loses": name + " loses it", "changes": name + " listens"}[l.Effect])
 		}
-		if len(by) == 0 && r.opened && r.lo > 0 {
+		if len(by) == 0 && r.open && r.lo > 0 && r.Protocol != rules.SCTP.String() {
 			by = append(by, "nothing listens")
 		}
 		printf(w, "  %s\t%s → %s\t%s\n", printable(what), printable(r.Before), printable(r.After), printable(strings.Join(by, ", ")))

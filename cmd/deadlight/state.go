@@ -108,6 +108,17 @@ func sameRecord(a, b *firewall.Record) bool {
 		len(firewall.Diff(a.Snapshot, b.Snapshot)) == 0
 }
 
+// lastActor is who is known to have changed the table last since a record; nil:
+// nobody listened.
+func (h *host) lastActor(r *firewall.Record) (*byJSON, error) {
+	all, err := h.state.Actors(h.here, r.Generation)
+	if err != nil || len(all) == 0 {
+		return nil, err
+	}
+	g := all[len(all)-1]
+	return &byJSON{g.PID, g.Comm}, nil
+}
+
 // hostError says what an error of the kernel or of the state means for people.
 func hostError(err error, again string) error {
 	var s *firewall.StateError
