@@ -237,3 +237,15 @@ func BenchmarkParse10kRules(b *testing.B) {
 		}
 	}
 }
+
+// The last line may lack its newline, and nothing may follow it in memory.
+func TestListWithoutLastNewline(t *testing.T) {
+	for _, text := range []string{"192.0.2.1", "192.0.2.0/24", "2001:db8::1", "192.0.2.1 # x", "192.0.2.1\n2001:db8::/32"} {
+		r, into := &reader{}, addrList{}
+		src := []byte(text)
+		r.list("list.txt", src[:len(src):len(src)], &into)
+		if n := strings.Count(text, "\n") + 1; len(into.ranges()) != n || len(r.found) > 0 {
+			t.Errorf("%q: %v, %v", text, into.ranges(), r.found)
+		}
+	}
+}
