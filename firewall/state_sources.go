@@ -66,25 +66,33 @@ func (s *State) Compile(r *Record) (*rules.Ruleset, error) {
 // for. What cannot be compiled any more is not known: then all of a set is sent,
 // and none of it is looked up.
 func (s *State) Known(r *Record) func(set, digest string) []rules.AddrRange {
-	var table *rules.Table
-	digests := map[string]string{}
+	var known func(set, digest string) []rules.AddrRange
 	return func(set, digest string) []rules.AddrRange {
-		if table == nil {
-			table = &rules.Table{}
+		if known == nil {
+			table := &rules.Table{}
 			if rs, err := s.Compile(r); err == nil {
 				table = &rs.Table
 			}
+			known = KnownIn(table)
 		}
+		return known(set, digest)
+	}
+}
+
+// KnownIn gives a [Conn] the large sets of a table.
+func KnownIn(table *rules.Table) func(set, digest string) []rules.AddrRange {
+	digests := map[string]string{}
+	return func(set, digest string) []rules.AddrRange {
 		for i := range table.Sets {
-			known := &table.Sets[i]
-			if known.Name != set {
+			s := &table.Sets[i]
+			if s.Name != set {
 				continue
 			}
 			if digests[set] == "" {
-				digests[set] = known.Digest()
+				digests[set] = s.Digest()
 			}
 			if digests[set] == digest {
-				return known.Addrs
+				return s.Addrs
 			}
 		}
 		return nil

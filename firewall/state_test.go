@@ -612,8 +612,18 @@ func TestStateDir(t *testing.T) {
 		}
 		next := here
 		next.Cookie++
-		if here.Is(next) || !here.Is(here) {
+		if here.Is(next) || !here.Is(here) || !here.Heir(next) || here.Heir(here) {
 			t.Error("a namespace with a used inode number is taken for the old one")
+		}
+		s := lockedState(t, t.TempDir())
+		r := recordOf(t, little)
+		r.Namespace = here
+		apply(t, s, r, 1)
+		if _, err := s.Settle(nil, here); err != nil {
+			t.Error(err)
+		}
+		if _, err := s.Settle(nil, next); !errors.Is(err, ErrNoState) {
+			t.Errorf("what was applied to a namespace that has ended is said of another: %v", err)
 		}
 	})
 }
