@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"deadlight/rules"
 )
 
@@ -19,19 +21,17 @@ type Target struct {
 	// then says why.
 	Ruleset *rules.Ruleset
 	Reason  error
+	Known   func(set, digest string) []rules.AddrRange // as of [Conn]
 }
 
 // Applied tells a [Guard] what was last applied. It is used by one goroutine.
 type Applied interface {
-	// Target gives the same pointer until something else was applied. The error is
-	// [ErrNothingApplied] when there is nothing to guard.
+	// Target gives the same pointer until something else was applied. Its error is
+	// [ErrNoState] when there is nothing to guard.
 	Target() (*Target, error)
 	// TryLock keeps applies out; ok is false while one is at work.
 	TryLock() (unlock func() error, ok bool, err error)
 }
-
-// ErrNothingApplied: there is nothing that the kernel could be compared with.
-var ErrNothingApplied = errors.New("nothing is applied")
 
 // Guard compares the table in the kernel with what was last applied: at first,
 // after every transaction that touches it, after events were lost, and from time
@@ -42,7 +42,6 @@ type Guard struct {
 
 	conn    *Conn
 	mon     *Monitor
-	table   string
 	applied Applied
 	proc    string // of the processes that the kernel names; empty: they are not ours to see
 
@@ -50,7 +49,8 @@ type Guard struct {
 	touched  time.Time // the first event since the last one; zero: none
 	urgent   bool
 	suspects []Actor
-	own      uint32 // the generation of our last heal
+	heardOf  []Generation // for Touched
+	own      uint32       // the generation of our last heal
 	backoff  backoff
 	heldTill time.Time
 
@@ -68,6 +68,9 @@ type GuardOptions struct {
 	Interval time.Duration // between comparisons when nothing happens
 	// Report is told what happens, on the goroutine of Run.
 	Report func(Report)
+	// Touched is told of every transaction of others that touched the table, on the
+	// goroutine of Run. It may be nil.
+	Touched func(Generation)
 	// Tick is called about every TickEvery, on the goroutine of Run, to show that it
 	// lives.
 	Tick      func()
@@ -123,15 +126,15 @@ const (
 )
 
 // NewGuard dials in the namespace that [Dial] would go to.
-func NewGuard(ns *os.File, table string, applied Applied, o GuardOptions) (*Guard, error) {
-	return newGuard(ns, table, applied, o, monitorBuffer)
+func NewGuard(ns *os.File, applied Applied, o GuardOptions) (*Guard, error) {
+	return newGuard(ns, applied, o, monitorBuffer)
 }
 
-func newGuard(ns *os.File, table string, applied Applied, o GuardOptions, buffer int) (_ *Guard, err error) {
-	g := &Guard{GuardOptions: o, table: table, applied: applied, backoff: newBackoff()}
+func newGuard(ns *os.File, applied Applied, o GuardOptions, buffer int) (_ *Guard, err error) {
+	g := &Guard{GuardOptions: o, applied: applied, backoff: newBackoff()}
 	// The events first: what happens after them is seen by the first comparison or
 	// is an event.
-	if g.mon, err = dialMonitor(ns, table, buffer); err != nil {
+	if g.mon, err = dialMonitor(ns, rules.TableName, buffer); err != nil {
 		return nil, err
 	}
 	if g.conn, err = Dial(ns); err != nil {
@@ -151,7 +154,7 @@ func newGuard(ns *os.File, table string, applied Applied, o GuardOptions, buffer
 func (g *Guard) Close() error { return errors.Join(g.mon.Close(), g.conn.Close()) }
 
 // Counters reads the named counters of the table. It is for Report and Tick.
-func (g *Guard) Counters() (map[string]Counter, error) { return g.conn.Counters(g.table) }
+func (g *Guard) Counters() (map[string]Counter, error) { return g.conn.Counters(rules.TableName) }
 
 // Run guards until ctx is done, and gives its error then.
 func (g *Guard) Run(ctx context.Context) error {
@@ -190,6 +193,12 @@ func (g *Guard) Run(ctx context.Context) error {
 		if !time.Now().Before(g.due) {
 			g.compare(ctx)
 		}
+		if g.Touched != nil { // after a heal
+			for _, gen := range g.heardOf {
+				g.Touched(gen)
+			}
+		}
+		g.heardOf = nil
 		timer.Reset(time.Until(g.due))
 	}
 }
@@ -231,6 +240,7 @@ func (g *Guard) hear(h heard) {
 	if len(h.Touches) == 0 || h.Generation.ID == g.own {
 		return
 	}
+	g.heardOf = append(g.heardOf, h.Generation)
 	if !slices.Contains(g.suspects, h.by) && len(g.suspects) < 10 {
 		g.suspects = append(g.suspects, h.by)
 	}
@@ -267,7 +277,7 @@ func (g *Guard) compare(ctx context.Context) {
 	g.due = now.Add(g.Interval)
 	target, err := g.applied.Target()
 	switch {
-	case errors.Is(err, ErrNothingApplied):
+	case errors.Is(err, ErrNoState):
 		if !g.absent {
 			g.tell(Report{Kind: ReportAbsent})
 		}
@@ -284,14 +294,11 @@ func (g *Guard) compare(ctx context.Context) {
 		g.heal(target, true)
 		return
 	}
-	is, err := g.conn.Snapshot(g.table)
+	is, d, err := g.check(target)
 	if err != nil {
 		g.fail(err)
 		return
 	}
-	g.failed = ""
-	g.Stats.LastCheck, g.Stats.Generation = is.at, is.Generation.ID
-	d := Diff(is, target.Snapshot)
 	if len(d) == 0 {
 		g.clean(target, is.Generation)
 		return
@@ -318,10 +325,25 @@ func (g *Guard) compare(ctx context.Context) {
 	g.forget()
 }
 
+// check holds the table against the target.
+func (g *Guard) check(target *Target) (*Snapshot, []Difference, error) {
+	g.conn.Known = target.Known
+	is, d, err := g.conn.Check(target.Snapshot, Samples)
+	if err == nil {
+		g.failed = ""
+		g.Stats.LastCheck, g.Stats.Generation = is.at, is.Generation.ID
+	}
+	return is, d, err
+}
+
 // forget drops what a comparison has dealt with.
 func (g *Guard) forget() { g.suspects, g.touched, g.urgent = nil, time.Time{}, false }
 
 func (g *Guard) fail(err error) {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, errTorn) || errors.Is(err, ErrStale) {
+		g.due = time.Now().Add(busyWait) // somebody writes while we read
+		return
+	}
 	g.due = time.Now().Add(min(failWait, g.Interval))
 	if err.Error() != g.failed {
 		g.failed = err.Error()
@@ -353,7 +375,7 @@ func (g *Guard) busy(target *Target) (bool, error) {
 		return true, err
 	}
 	now, err := g.applied.Target()
-	if errors.Is(err, ErrNothingApplied) {
+	if errors.Is(err, ErrNoState) {
 		now, err = nil, nil
 	}
 	return now != target, errors.Join(err, unlock())
@@ -429,12 +451,13 @@ func (g *Guard) heal(target *Target, urgent bool) {
 // putBack applies the target unless something else was applied meanwhile.
 func (g *Guard) putBack(target *Target) (Result, bool, error) {
 	now, err := g.applied.Target()
-	if errors.Is(err, ErrNothingApplied) || err == nil && now != target {
+	if errors.Is(err, ErrNoState) || err == nil && now != target {
 		return Result{}, false, nil
 	}
 	if err != nil {
 		return Result{}, false, err
 	}
+	g.conn.Known = target.Known
 	res, err := g.conn.Apply(target.Ruleset)
 	return res, true, err
 }
@@ -443,12 +466,11 @@ func (g *Guard) putBack(target *Target) (Result, bool, error) {
 // Deadlight may compile the same policy to another table.
 func (g *Guard) settle(target *Target, healed uint32) {
 	g.forget()
-	is, err := g.conn.Snapshot(g.table)
+	is, d, err := g.check(target)
 	if err != nil {
 		g.fail(err)
 		return
 	}
-	g.Stats.LastCheck, g.Stats.Generation = is.at, is.Generation.ID
 	// Asked again, since a table that was not there is read without a second look.
 	last, err := g.conn.Generation()
 	if err != nil {
@@ -459,7 +481,6 @@ func (g *Guard) settle(target *Target, healed uint32) {
 		g.due = time.Now() // somebody wrote again
 		return
 	}
-	d := Diff(is, target.Snapshot)
 	g.drift, g.Stats.Drift = d, len(d) > 0
 	if len(d) > 0 {
 		g.stuck, g.rest = target, d

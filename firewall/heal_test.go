@@ -24,16 +24,11 @@ type record struct {
 
 func targetOf(t testing.TB, rs *rules.Ruleset) *Target {
 	t.Helper()
-	now := time.Now()
-	e, err := encode(&rs.Table, now)
+	s, err := Meant(rs, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := snapshotOf(e.all(), now)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &Target{Policy: "policy.toml", Snapshot: s, Ruleset: rs}
+	return &Target{Policy: "policy.toml", Snapshot: s, Ruleset: rs, Known: KnownIn(&rs.Table)}
 }
 
 func (r *record) set(target *Target) {
@@ -46,7 +41,7 @@ func (r *record) Target() (*Target, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.target == nil {
-		return nil, ErrNothingApplied
+		return nil, ErrNoState
 	}
 	return r.target, nil
 }
@@ -84,7 +79,7 @@ func guardWith(t *testing.T, rs *rules.Ruleset, o GuardOptions, buffer int, chan
 		o.Interval = time.Hour
 	}
 	o.Report = func(r Report) { d.reports <- r }
-	g, err := newGuard(nil, rules.TableName, d.applied, o, buffer)
+	g, err := newGuard(nil, d.applied, o, buffer)
 	if err != nil {
 		t.Fatalf("guard: %v", err)
 	}
