@@ -56,6 +56,7 @@ type Guard struct {
 
 	target *Target // of the last comparison
 	absent bool
+	looked bool         // a comparison has been made before
 	drift  []Difference // as reported; nil: none
 	stuck  *Target      // it cannot be put back, or not wholly
 	rest   []Difference // what stays different after a heal of stuck
@@ -281,7 +282,7 @@ func (g *Guard) compare(ctx context.Context) {
 		if !g.absent {
 			g.tell(Report{Kind: ReportAbsent})
 		}
-		g.absent, g.target, g.drift, g.Stats.Drift = true, nil, nil, false
+		g.absent, g.looked, g.target, g.drift, g.Stats.Drift = true, true, nil, nil, false
 		g.forget()
 		return
 	case err != nil:
@@ -313,7 +314,7 @@ func (g *Guard) compare(ctx context.Context) {
 		return
 	}
 	fresh := g.target != target || !slices.Equal(d, g.drift)
-	g.target, g.Stats.Drift = target, true
+	g.target, g.Stats.Drift, g.looked = target, true, true
 	if fresh || !g.touched.IsZero() {
 		g.drift = d
 		g.tell(Report{Kind: ReportDrift, Generation: is.Generation, Differences: d, Policy: target.Policy})
@@ -358,12 +359,12 @@ func (g *Guard) clean(target *Target, gen Generation) {
 	}
 	kind := ReportClean
 	switch {
-	case g.target != target && g.target != nil:
+	case g.target != target && g.looked:
 		kind = ReportApplied
 	case g.drift != nil:
 		kind = ReportUndone
 	}
-	g.target, g.drift, g.Stats.Drift = target, nil, false
+	g.target, g.drift, g.Stats.Drift, g.looked = target, nil, false, true
 	g.tell(Report{Kind: kind, Generation: gen, Policy: target.Policy})
 	g.forget()
 }
@@ -437,12 +438,14 @@ func (g *Guard) heal(target *Target, urgent bool) {
 	}
 	took := time.Since(g.touched)
 	if urgent && len(res.Changed) > 0 {
+		g.Stats.Drift = true
 		g.tell(Report{Kind: ReportDrift, Generation: res.Generation, Differences: res.Changed, Policy: target.Policy})
 	}
 	if len(res.Changed) > 0 {
 		g.backoff.healed(now)
 		g.Stats.Heals++
 		g.own = res.Generation.ID
+		g.Stats.Drift, g.Stats.Generation = false, res.Generation.ID
 		g.tell(Report{Kind: ReportHealed, Generation: res.Generation, Differences: res.Changed, Took: took, Policy: target.Policy})
 	}
 	g.settle(target, res.Generation.ID)
