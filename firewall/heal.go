@@ -54,6 +54,10 @@ type Guard struct {
 	backoff  backoff
 	heldTill time.Time
 
+	ready   []message // what loads target into a namespace without the table; nil: nothing is ready
+	readied time.Time
+	gone    uint32 // the generation since which there is no table; 0: there may be one
+
 	target *Target // of the last comparison
 	absent bool
 	looked bool         // a comparison has been made before
@@ -242,6 +246,10 @@ func (g *Guard) hear(h heard) {
 		return
 	}
 	g.heardOf = append(g.heardOf, h.Generation)
+	g.gone = 0
+	if last := h.Touches[len(h.Touches)-1]; last.Kind == "table" && last.Action == "remove" {
+		g.gone = h.Generation.ID
+	}
 	if !slices.Contains(g.suspects, h.by) && len(g.suspects) < 10 {
 		g.suspects = append(g.suspects, h.by)
 	}
@@ -314,6 +322,9 @@ func (g *Guard) compare(ctx context.Context) {
 		return
 	}
 	fresh := g.target != target || !slices.Equal(d, g.drift)
+	if g.target != target {
+		g.ready = nil // it is of another
+	}
 	g.target, g.Stats.Drift, g.looked = target, true, true
 	if fresh || !g.touched.IsZero() {
 		g.drift = d
@@ -353,6 +364,7 @@ func (g *Guard) fail(err error) {
 }
 
 func (g *Guard) clean(target *Target, gen Generation) {
+	g.prepare(target)
 	if g.target != target {
 		g.backoff.forget() // somebody is at the wheel again
 		g.stuck, g.rest = nil, nil
@@ -461,8 +473,42 @@ func (g *Guard) putBack(target *Target) (Result, bool, error) {
 		return Result{}, false, err
 	}
 	g.conn.Known = target.Known
+	sent := false
+	if g.gone != 0 && g.ready != nil {
+		// Whatever comes of it, Apply looks at it.
+		sent = g.conn.transact(g.gone, g.ready) == nil
+		g.gone = 0
+	}
 	res, err := g.conn.Apply(target.Ruleset)
+	if sent && err == nil && len(res.Changed) == 0 {
+		res.Changed = Diff(newSnapshot(), target.Snapshot)
+	}
 	return res, true, err
+}
+
+// prepare keeps what would load the target, so that a host without its table does
+// not wait for it. What large sets would take in memory is not worth it.
+func (g *Guard) prepare(target *Target) {
+	now := time.Now()
+	if !g.Heal || target.Ruleset == nil || g.target == target && now.Sub(g.readied) < g.Interval {
+		return
+	}
+	g.ready, g.readied = nil, now
+	for i := range target.Ruleset.Table.Sets {
+		if target.Ruleset.Table.Sets[i].Large() {
+			return
+		}
+	}
+	want, err := encode(&target.Ruleset.Table, now)
+	if err != nil {
+		return // Apply will say it
+	}
+	wanted, err := meant(want, now)
+	if err != nil {
+		return
+	}
+	none := newSnapshot()
+	g.ready = (&transaction{table: rules.TableName, is: none, wanted: wanted, want: want, known: g.conn.contentOf(none)}).messages()
 }
 
 // settle looks whether a heal led to what was recorded: another version of
