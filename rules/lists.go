@@ -195,12 +195,12 @@ func (r *reader) list(file string, src []byte, into *addrList) {
 	bad := 0
 	for number := 1; len(src) > 0; number++ {
 		if v4, n := network4(src); n > 0 {
-			if end := lineEnd(src[n:]); end > 0 {
+			if end := lineEnd(src[n:]); end >= 0 {
 				into.v4, src = append(into.v4, v4), src[n+end:]
 				continue
 			}
 		} else if v6, n := network6(src); n > 0 {
-			if end := lineEnd(src[n:]); end > 0 {
+			if end := lineEnd(src[n:]); end >= 0 {
 				into.v6, src = append(into.v6, v6), src[n+end:]
 				continue
 			}
@@ -230,7 +230,7 @@ func (r *reader) list(file string, src []byte, into *addrList) {
 }
 
 // lineEnd gives the length of what ends the line after an address, the newline
-// included, or 0 if that is more than blanks and a comment.
+// included, or -1 if that is more than blanks and a comment.
 func lineEnd(s []byte) int {
 	for i, c := range s {
 		switch c {
@@ -243,10 +243,10 @@ func lineEnd(s []byte) int {
 			}
 			return len(s)
 		default:
-			return 0
+			return -1
 		}
 	}
-	return max(len(s), 1)
+	return len(s)
 }
 
 // parseLine reads what the fast path has not.
