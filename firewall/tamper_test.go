@@ -252,6 +252,8 @@ func setTamperings() []tampering {
 		other("a wider prefix", "set_bad_4", "203.0.113.0/25", "203.0.113.0/24"),
 		other("a narrower range", "tcp_listed", "65000-65535", "65000-65534"),
 		{name: "a shorter wildcard", edit: "flush set " + ours + "open_vendor_if; add element " + ours + `open_vendor_if { "tu*", "wg0" }`, want: []named{{"", "element", "open_vendor_if"}}, most: 2},
+		{name: "more in published_if", edit: "flush set " + ours + "published_if; add element " + ours + `published_if { "br-*", "cni*", "docker0", "podman*", "x*" }`, want: []named{{"remove", "element", "published_if"}}, most: 1},
+		{name: "less in published_if", edit: "flush set " + ours + "published_if; add element " + ours + `published_if { "br-*", "docker0", "podman*" }`, want: []named{{"add", "element", "published_if"}}, most: 1},
 		other("another target", "tcp_block", "25 : jump block_smtp", "25 : jump block_scanners"),
 		other("another target", "tcp_open", "80 : jump open_web", "80 : jump open_vpn"),
 		other("goto for jump", "tcp_open", "80 : jump open_web", "80 : goto open_web"),
@@ -266,7 +268,7 @@ func setTamperings() []tampering {
 	for set, e := range map[string][2]string{
 		"tcp_listed": {"5000", "80"}, "udp_listed": {"5000-5001", "53"}, "sctp_listed": {"9", "3868"}, "set_admins_4": {"4.0.1.128", "198.51.100.7"},
 		"set_admins_6": {"2001:db9::/48", "2001:db8::/48"}, "open_ssh.a-b_from4": {"192.0.2.77", "192.0.2.1-192.0.2.9"}, "set_resolvers_4": {"0.0.0.0", "192.0.2.53"},
-		"published_if": {`"x*"`, `"br-*"`}, "dhcp_if": {`"eth1"`, `"eth0"`}, "open_vpn_if": {`"x*"`, `"wg1"`}, "local_types": {"unicast", "anycast"},
+		"dhcp_if": {`"eth1"`, `"eth0"`}, "open_vpn_if": {`"x*"`, `"wg1"`}, "local_types": {"unicast", "anycast"},
 		"icmp_errors": {"redirect", "time-exceeded"}, "icmpv6_nd": {"echo-request", "nd-redirect"}, "protocols_listed": {"gre", "esp"},
 		"tcp_block": {"26 : jump block_smtp", "25 : jump block_smtp"}, "tcp_open": {"23456 : jump open_web", "443 : jump open_web"},
 		"udp_open": {"23 : accept", "53 : jump open_dns"}, "protocols_open": {"gre : accept", "ah : jump open_ipsec"}, "tcp_egress": {"22 : accept", "53 : jump egress_dns"},
