@@ -18,11 +18,13 @@ const maxText = 4000
 
 // ruleText writes a rule of a table of family inet, given the attributes of its
 // NFT_MSG_NEWRULE message.
-func ruleText(attrs []byte) string { return ruleTextOf(unix.NFPROTO_INET, attrs) }
+func ruleText(attrs []byte) string { return ruleTextOf(unix.NFPROTO_INET, attrs, nil) }
 
-// ruleTextOf writes a rule of a table of any family.
-func ruleTextOf(family byte, attrs []byte) string {
+// ruleTextOf writes a rule of a table of any family. A set without a name of its
+// own is written by its elements, as far as elements gives them.
+func ruleTextOf(family byte, attrs []byte, elements func(set string) []string) string {
 	r := newRuleWords(family)
+	r.elements = elements
 	for _, e := range expressions(attrOf(attrs, unix.NFTA_RULE_EXPRESSIONS)) {
 		r.add(e)
 	}
@@ -140,6 +142,7 @@ type ruleWords struct {
 	regs          [16]*loaded    // by the word where they begin
 	seq, consumed int
 	lower         lowerBound
+	elements      func(set string) []string
 }
 
 // lowerBound is a comparison that may turn out to be the first half of a range.
@@ -272,6 +275,22 @@ func (r *ruleWords) operand(reg uint32, k kind) string {
 		return k.text(v.constant)
 	}
 	return v.shown()
+}
+
+// set writes what a lookup looks in.
+func (r *ruleWords) set(name string) string {
+	const anonymous, most = "__", 40
+	if r.elements == nil || !strings.HasPrefix(name, anonymous) {
+		return "@" + identifier(name)
+	}
+	list := r.elements(name)
+	if len(list) == 0 {
+		return "@" + identifier(name)
+	}
+	if len(list) > most {
+		return fmt.Sprintf("{ %s, … %d more }", strings.Join(list[:most], ", "), len(list)-most)
+	}
+	return "{ " + strings.Join(list, ", ") + " }"
 }
 
 // drop removes the test that a header implies.

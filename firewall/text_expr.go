@@ -323,7 +323,7 @@ func (r *ruleWords) byteorder(data []byte) bool {
 
 func (r *ruleWords) lookup(data []byte) {
 	key := r.key(attrNumber(data, unix.NFTA_LOOKUP_SREG))
-	set := identifier(attrText(data, unix.NFTA_LOOKUP_SET))
+	set := r.set(attrText(data, unix.NFTA_LOOKUP_SET))
 	not := ""
 	if attrNumber(data, unix.NFTA_LOOKUP_FLAGS)&unix.NFT_LOOKUP_F_INV != 0 {
 		not = "!= "
@@ -331,11 +331,11 @@ func (r *ruleWords) lookup(data []byte) {
 	dreg := attrOf(data, unix.NFTA_LOOKUP_DREG)
 	switch {
 	case dreg == nil:
-		r.say("%s %s@%s", key, not, set)
+		r.say("%s %s%s", key, not, set)
 	case be32(dreg) == unix.NFT_REG_VERDICT:
-		r.say("%s %svmap @%s", key, not, set)
+		r.say("%s %svmap %s", key, not, set)
 	default:
-		r.load(be32(dreg), &loaded{text: fmt.Sprintf("%s %smap @%s", key, not, set), kind: raw(), size: 4})
+		r.load(be32(dreg), &loaded{text: fmt.Sprintf("%s %smap %s", key, not, set), kind: raw(), size: 4})
 	}
 }
 
@@ -791,7 +791,7 @@ func (r *ruleWords) dynset(data []byte) bool {
 func (r *ruleWords) objref(data []byte) bool {
 	if set := attrOf(data, unix.NFTA_OBJREF_SET_NAME); set != nil {
 		// The kind of the objects stands in the map.
-		r.say("object name %s map @%s", r.key(attrNumber(data, unix.NFTA_OBJREF_SET_SREG)), identifier(cString(set)))
+		r.say("object name %s map %s", r.key(attrNumber(data, unix.NFTA_OBJREF_SET_SREG)), r.set(cString(set)))
 		return true
 	}
 	typ, name := attrNumber(data, unix.NFTA_OBJREF_IMM_TYPE), quoted(attrText(data, unix.NFTA_OBJREF_IMM_NAME))

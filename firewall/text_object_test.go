@@ -199,7 +199,7 @@ func TestRuleTextNamesExtensionsOfIptables(t *testing.T) {
 		var all string
 		for _, rules := range dumpedRules(t, dial(t), unix.NFPROTO_IPV4, "filter") {
 			for _, m := range rules {
-				all += ruleTextOf(unix.NFPROTO_IPV4, m) + "\n"
+				all += ruleTextOf(unix.NFPROTO_IPV4, m, nil) + "\n"
 			}
 		}
 		for _, want := range []string{`"hello"`, `xt match "multiport" [rev 1 0x`, `xt match "conntrack" [rev 3 0x`, "drop\n", "accept\n"} {
@@ -325,7 +325,7 @@ func TestTextOfRandomObjects(t *testing.T) {
 			}
 			list = append(list, expression(names[rnd.IntN(len(names))], d))
 		}
-		checkLine(t, "rule", ruleTextOf([]byte{unix.NFPROTO_INET, unix.NFPROTO_IPV4, unix.NFPROTO_IPV6, unix.NFPROTO_NETDEV}[rnd.IntN(4)], ruleOf(list...)))
+		checkLine(t, "rule", ruleTextOf([]byte{unix.NFPROTO_INET, unix.NFPROTO_IPV4, unix.NFPROTO_IPV6, unix.NFPROTO_NETDEV}[rnd.IntN(4)], ruleOf(list...), nil))
 		key, end := make([]byte, rnd.IntN(66)), make([]byte, rnd.IntN(66))
 		for i := range key {
 			key[i] = byte(rnd.Uint32())
@@ -359,8 +359,8 @@ func FuzzRuleText(f *testing.F) {
 		f.Add(ruleOf(loadMeta(unix.NFT_META_L4PROTO, 1), expression(name, d), expression(name, nil), expression(name, attr(nil, 1, []byte{1}))), byte(unix.NFPROTO_IPV4))
 	}
 	f.Fuzz(func(t *testing.T, b []byte, family byte) {
-		checkLine(t, "rule", ruleTextOf(family, b))
-		checkLine(t, "rule of these expressions", ruleTextOf(family, ruleOf(b)))
+		checkLine(t, "rule", ruleTextOf(family, b, func(string) []string { return []string{"x"} }))
+		checkLine(t, "rule of these expressions", ruleTextOf(family, ruleOf(b), nil))
 		checkLine(t, "chain", chainTextOf(family, b))
 		checkLine(t, "set", setText(b))
 		checkLine(t, "element", elementText(b, b, nil))
