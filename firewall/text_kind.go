@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"hash/crc32"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -80,14 +81,15 @@ func bitsText(bits []bitName, n uint64) string {
 	return strings.Join(out, ",")
 }
 
-// hexText keeps a long value to its head.
+// hexText keeps a long value to its head, and a sum by which two can be told
+// apart.
 func hexText(b []byte) string {
 	const most = 40
 	if len(b) == 0 {
 		return "0x"
 	}
 	if len(b) > most {
-		return "0x" + hex.EncodeToString(b[:most]) + fmt.Sprintf("…(%d bytes)", len(b))
+		return "0x" + hex.EncodeToString(b[:most]) + fmt.Sprintf("…(%d bytes, crc32 %08x)", len(b), crc32.ChecksumIEEE(b))
 	}
 	return "0x" + hex.EncodeToString(b)
 }

@@ -41,9 +41,12 @@ func (r *ruleWords) statement(e liveExpr) bool {
 	case "match", "target":
 		// Structures of iptables: their bytes tell two apart.
 		name, info := attrText(d, unix.NFTA_MATCH_NAME), attrOf(d, unix.NFTA_MATCH_INFO)
-		if len(bytes.Trim(info, "\x00")) == 0 {
+		switch {
+		case len(bytes.Trim(info, "\x00")) == 0:
 			r.say("xt %s %s", e.name, quoted(name))
-		} else {
+		case name == "comment":
+			r.say("xt %s %s %s", e.name, name, quoted(cString(info)))
+		default:
 			r.say("xt %s %s [rev %d %s]", e.name, quoted(name), attrNumber(d, unix.NFTA_MATCH_REV), hexText(info))
 		}
 	default:

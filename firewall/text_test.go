@@ -457,7 +457,7 @@ func TestRuleTextOfHandMadeRules(t *testing.T) {
 		}
 		nft(t, "-f", file)
 		c := dial(t)
-		seen := 0
+		seen, texts := 0, map[string]string{}
 		for _, table := range []struct {
 			family byte
 			word   string
@@ -477,7 +477,12 @@ func TestRuleTextOfHandMadeRules(t *testing.T) {
 				}
 				for i, line := range lines {
 					seen++
-					sameText(t, line, ruleTextOf(table.family, got[chain][i], func(set string) []string { return sets[set] }))
+					text := ruleTextOf(table.family, got[chain][i], func(set string) []string { return sets[set] })
+					sameText(t, line, text)
+					if other, ok := texts[text]; ok && other != line {
+						t.Errorf("%q and %q both read %q", line, other, text)
+					}
+					texts[text] = line
 				}
 			}
 		}
