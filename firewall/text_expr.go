@@ -39,7 +39,7 @@ func (r *ruleWords) add(e liveExpr) {
 	case "socket":
 		ok = r.socket(d)
 	case "osf":
-		r.load(attrNumber(d, 1), &loaded{text: "osf name", kind: kindOf(kindString), size: 16})
+		ok = r.fingerprint(d)
 	case "xfrm":
 		ok = r.xfrm(d)
 	case "exthdr":
@@ -704,6 +704,24 @@ func (r *ruleWords) socket(data []byte) bool {
 	}
 	v.size = v.kind.size
 	r.load(attrNumber(data, 2), v)
+	return true
+}
+
+// fingerprint reads osf: the operating system by its SYN.
+func (r *ruleWords) fingerprint(data []byte) bool {
+	text := "osf "
+	if ttl := attrOf(data, 2); len(ttl) == 1 && ttl[0] != 0 {
+		text += fmt.Sprintf("ttl %s ", kind{names: names(1, "loose", "skip")}.text(ttl))
+	}
+	switch attrNumber(data, 3) {
+	case 0:
+		text += "name"
+	case 1:
+		text += "version"
+	default:
+		return false
+	}
+	r.load(attrNumber(data, 1), &loaded{text: text, kind: kindOf(kindString), size: 16})
 	return true
 }
 

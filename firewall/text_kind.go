@@ -104,12 +104,18 @@ func addressText(b []byte) string {
 
 // interfaceText: fewer bytes than a name has are what a name begins with.
 func interfaceText(b []byte) string {
+	if !ended(b) {
+		return ""
+	}
 	name := strings.ReplaceAll(cString(b), "*", `\*`)
 	if len(b) < unix.IFNAMSIZ && len(cString(b)) == len(b) {
 		name += "*"
 	}
 	return quoted(name)
 }
+
+// ended reports whether nothing follows the end of a string.
+func ended(b []byte) bool { return len(bytes.Trim(b[len(cString(b)):], "\x00")) == 0 }
 
 func hardwareText(b []byte) string {
 	if len(b) == 0 || len(b) > 20 {
@@ -245,7 +251,12 @@ func kindOf(typ uint32) kind {
 	case kindInteger:
 		return kind{name: "integer"}
 	case kindString:
-		return kind{name: "string", host: true, write: func(b []byte) string { return quoted(cString(b)) }}
+		return kind{name: "string", host: true, write: func(b []byte) string {
+			if !ended(b) {
+				return ""
+			}
+			return quoted(cString(b))
+		}}
 	case 6:
 		return kind{name: "ll_addr", write: hardwareText}
 	case kindIPv4:

@@ -256,6 +256,7 @@ func TestRuleTextLeavesNothingOut(t *testing.T) {
 		{"queues", ruleOf(expression("queue", append(append(two(unix.NFTA_QUEUE_NUM, 1), two(unix.NFTA_QUEUE_TOTAL, 3)...), two(unix.NFTA_QUEUE_FLAGS, 1)...))), "queue flags bypass to 1-3"},
 		{"verdict queue", ruleOf(verdict(5<<16|3, "")), "queue to 5"},
 		{"break", ruleOf(verdict(unix.NFT_BREAK, "")), "break"},
+		{"a name that goes on after its end", ruleOf(loadMeta(unix.NFT_META_IIFNAME, 1), compare(1, unix.NFT_CMP_EQ, 'l', 'o', 0, 'x')), "iifname 0x6c6f0078"},
 		{"no expressions", nil, ""},
 	} {
 		if got := ruleText(test.rule); got != test.want {
