@@ -374,7 +374,7 @@ func TestCopyOfTheTableReadsTheSame(t *testing.T) {
 	})
 }
 
-// textsOf is the table in our words: what a family test before one for ICMP says
+// textsOf is the table in our words. A test for the family before one for ICMP
 // is left out, as nft does.
 func textsOf(t *testing.T, c *Conn) map[string][]string {
 	t.Helper()

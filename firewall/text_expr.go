@@ -387,7 +387,7 @@ func verdictText(v []byte) string {
 	}
 }
 
-// Attributes of payload that golang.org/x/sys lacks do not change what it reads.
+// payload reads from the packet, or writes to it.
 func (r *ruleWords) payload(data []byte) bool {
 	base, n := attrNumber(data, unix.NFTA_PAYLOAD_BASE), attrNumber(data, unix.NFTA_PAYLOAD_LEN)
 	from := int64(attrNumber(data, unix.NFTA_PAYLOAD_OFFSET)) * 8
@@ -685,9 +685,8 @@ func (r *ruleWords) rt(data []byte) bool {
 	return true
 }
 
-// Attributes of expressions that golang.org/x/sys does not know
-// (uapi/linux/netfilter/nf_tables.h) stand as numbers where they are read.
-
+// socket and those below have attributes that golang.org/x/sys does not know: they
+// stand as numbers (uapi/linux/netfilter/nf_tables.h).
 func (r *ruleWords) socket(data []byte) bool {
 	v := &loaded{}
 	switch attrNumber(data, 1) { // NFTA_SOCKET_KEY

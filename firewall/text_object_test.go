@@ -92,10 +92,10 @@ func elementTexts(t *testing.T, c *Conn, table string, set []byte) []string {
 	return out
 }
 
-// The witness's listing must hold each of our lines, and ours nothing else.
 // expires is what runs down while we look.
 var expires = regexp.MustCompile(` expires \S+`)
 
+// Of each object the witness says what we say, word for word where it has one form.
 func TestObjectTextIsThatOfNft(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		loadText(t, handMadeObjects)
