@@ -185,10 +185,7 @@ func (c changeJSON) print(w io.Writer) {
 		line += ": " + text
 	}
 	if c.ByHand {
-		line += "  made by hand"
-	}
-	if c.By != nil {
-		line += "  by" + by(c.By)
+		line += "  made by hand" + by(c.By)
 	}
 	printf(w, "  %s %s\n", mark, oneLine(line))
 }
@@ -197,7 +194,7 @@ func by(b *byJSON) string {
 	if b == nil {
 		return ""
 	}
-	return fmt.Sprintf(" %s (pid %d)", b.Comm, b.PID)
+	return fmt.Sprintf(" by %s (pid %d)", b.Comm, b.PID)
 }
 
 // oneLine escapes what could steer a terminal, line ends too.
