@@ -228,7 +228,7 @@ func meant(e *encoded, now time.Time) (*Snapshot, error) {
 	s := newSnapshot()
 	s.at = now
 	for _, m := range e.small() {
-		if err := s.add(m.typ, m.attrs); err != nil {
+		if err := s.add(m.typ, m.body()); err != nil {
 			return nil, err
 		}
 	}
