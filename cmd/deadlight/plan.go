@@ -233,7 +233,7 @@ func (p *planJSON) explain(changes []firewall.Difference, is, want *firewall.Sna
 		}
 	}
 	for _, c := range p.Changes {
-		covered := c.Rule != "" || c.Kind == "table" || len(p.Rules) > 0 && lookup(firewall.Difference{Kind: c.Kind, Name: c.Name})
+		covered := c.Rule != "" || c.Kind == "table" || c.Kind == "object" || len(p.Rules) > 0 && lookup(firewall.Difference{Kind: c.Kind, Name: c.Name})
 		if c.ByHand || !covered {
 			p.shown = append(p.shown, c)
 		}
