@@ -30,13 +30,13 @@ const nfTableComment userdata.Type = 0
 // they are asked for: most of the time they are in the kernel already.
 type encoded struct {
 	table   message
-	objects []named // counters and limits
+	objects []encodedObject // counters and limits
 	chains  []encodedChain
 	sets    []encodedSet
 	now     time.Time
 }
 
-type named struct {
+type encodedObject struct {
 	name string // kind and name
 	message
 }
@@ -133,15 +133,15 @@ func encode(t *rules.Table, now time.Time) (*encoded, error) {
 	return e, nil
 }
 
-func encodeCounter(table, name string) named {
+func encodeCounter(table, name string) encodedObject {
 	b := attrString(nil, unix.NFTA_OBJ_TABLE, table)
 	b = attrString(b, unix.NFTA_OBJ_NAME, name)
 	b = attr32(b, unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_COUNTER)
 	b = nest(b, unix.NFTA_OBJ_DATA, nil)
-	return named{"counter " + name, message{typ: unix.NFT_MSG_NEWOBJ, flags: unix.NLM_F_CREATE, attrs: b, what: "counter " + name}}
+	return encodedObject{"counter " + name, message{typ: unix.NFT_MSG_NEWOBJ, flags: unix.NLM_F_CREATE, attrs: b, what: "counter " + name}}
 }
 
-func encodeLimit(table string, l rules.Limit) named {
+func encodeLimit(table string, l rules.Limit) encodedObject {
 	limit := limitOf(l.Rate)
 	data := attr(nil, unix.NFTA_LIMIT_RATE, binary.BigEndian.AppendUint64(nil, limit.Rate))
 	data = attr(data, unix.NFTA_LIMIT_UNIT, binary.BigEndian.AppendUint64(nil, uint64(limit.Unit)))
@@ -151,7 +151,7 @@ func encodeLimit(table string, l rules.Limit) named {
 	b = attrString(b, unix.NFTA_OBJ_NAME, l.Name)
 	b = attr32(b, unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_LIMIT)
 	b = nest(b, unix.NFTA_OBJ_DATA, data)
-	return named{"limit " + l.Name, message{typ: unix.NFT_MSG_NEWOBJ, flags: unix.NLM_F_CREATE, attrs: b, what: "limit " + l.Name}}
+	return encodedObject{"limit " + l.Name, message{typ: unix.NFT_MSG_NEWOBJ, flags: unix.NLM_F_CREATE, attrs: b, what: "limit " + l.Name}}
 }
 
 func limitOf(r rules.Rate) *expr.Limit {

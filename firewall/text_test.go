@@ -117,9 +117,10 @@ func TestRuleTextIsThatOfNft(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				for _, m := range e.rules {
-					chain := attrText(m.attrs, unix.NFTA_RULE_CHAIN)
-					sent[chain] = append(sent[chain], ruleText(m.attrs))
+				for _, ch := range e.chains {
+					for _, m := range ch.rules {
+						sent[ch.name] = append(sent[ch.name], ruleText(m.attrs))
+					}
 				}
 				seen := 0
 				for chain, lines := range want {
