@@ -53,7 +53,7 @@ func listeners() ([]listener, error) {
 	}{{rules.TCP, listen, netlink.SocketDiagTCP}, {rules.UDP, closed, netlink.SocketDiagUDP}} {
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 			var sockets []*netlink.Socket
-			err := netlink.ErrDumpInterrupted
+			err := error(netlink.ErrDumpInterrupted)
 			for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
 				sockets, err = kind.dump(family) // some came or went while they were listed
 			}
