@@ -3,6 +3,7 @@ package firewall
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -12,8 +13,7 @@ import (
 )
 
 // elementWriter writes the elements of a set into as many messages as the 64 KiB
-// of an attribute ask for. A million elements go through it: it appends to one
-// buffer and allocates nothing per element.
+// of an attribute ask for.
 type elementWriter struct {
 	table string
 	set   *rules.Set
@@ -47,7 +47,7 @@ func (w *elementWriter) all() {
 			w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
 		}
 	}
-	w.addresses(s.Addrs)
+	w.addresses(s.Addrs, s.Holds)
 	for i, n := range s.Names {
 		prefix, wild := strings.CutSuffix(n, "*")
 		end := after(ifnameKey(n))
@@ -69,24 +69,58 @@ func (w *elementWriter) all() {
 	w.flush()
 }
 
-// addresses writes ranges of a set without targets.
-func (w *elementWriter) addresses(ranges []rules.AddrRange) {
-	for _, r := range ranges {
-		if r.Lo.Is4() {
-			b := r.Lo.As4()
-			w.element(b[:], 0, "", w.left)
-			if end, ok := endOf(r.Hi); ok && w.set.Interval {
-				b = end.As4()
-				w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
+// rangesPerMessage ranges of IPv6 addresses, the longest, fit into one message.
+const (
+	rangesPerMessage = 1000
+	rangeBytes       = 2*12 + 8 // and two addresses
+)
+
+// addresses writes ranges of a set without targets, those that wanted picks if it
+// is not nil. Of many the messages are written only when they are sent.
+func (w *elementWriter) addresses(ranges []rules.AddrRange, wanted func(rules.AddrRange) bool) {
+	write := func(w *elementWriter, ranges []rules.AddrRange) {
+		for _, r := range ranges {
+			if wanted == nil || wanted(r) {
+				w.addressRange(r)
 			}
-			continue
 		}
-		b := r.Lo.As16()
+	}
+	if len(ranges) <= rangesPerMessage {
+		write(w, ranges)
+		return
+	}
+	w.flush()
+	for part := range slices.Chunk(ranges, rangesPerMessage) {
+		later := &elementWriter{table: w.table, set: w.set, left: w.left}
+		w.out = append(w.out, message{
+			typ: w.typ, flags: w.flags, what: w.what + " of set " + w.set.Name, size: len(part)*(rangeBytes+2*part[0].Lo.BitLen()/8) + 128,
+			write: func(b []byte) []byte {
+				later.begin(b)
+				write(later, part)
+				later.end()
+				return later.buf
+			},
+		})
+	}
+}
+
+func (w *elementWriter) addressRange(r rules.AddrRange) {
+	end, ok := endOf(r.Hi)
+	ok = ok && w.set.Interval
+	if r.Lo.Is4() {
+		b := r.Lo.As4()
 		w.element(b[:], 0, "", w.left)
-		if end, ok := endOf(r.Hi); ok && w.set.Interval {
-			b = end.As16()
+		if ok {
+			b = end.As4()
 			w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
 		}
+		return
+	}
+	b := r.Lo.As16()
+	w.element(b[:], 0, "", w.left)
+	if ok {
+		b = end.As16()
+		w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
 	}
 }
 
@@ -97,12 +131,7 @@ func endOf(last netip.Addr) (netip.Addr, bool) {
 }
 
 func (w *elementWriter) element(key []byte, flags uint32, target string, left time.Duration) {
-	if w.list > 0 && len(w.buf)-w.list > largestAttr {
-		w.flush()
-	}
-	if w.list == 0 {
-		w.begin()
-	}
+	w.room()
 	w.buf = appendElement(w.buf, key, flags, target, left)
 }
 
@@ -110,37 +139,45 @@ func (w *elementWriter) element(key []byte, flags uint32, target string, left ti
 func (w *elementWriter) raw(list []element) {
 	for _, e := range list {
 		for _, b := range []string{e.start, e.end} {
-			if b == "" {
-				continue
+			if b != "" {
+				w.room()
+				w.buf = nest(w.buf, unix.NFTA_LIST_ELEM, []byte(b))
 			}
-			if w.list > 0 && len(w.buf)-w.list > largestAttr {
-				w.flush()
-			}
-			if w.list == 0 {
-				w.begin()
-			}
-			w.buf = nest(w.buf, unix.NFTA_LIST_ELEM, []byte(b))
 		}
 	}
 	w.flush()
 }
 
-func (w *elementWriter) begin() {
-	w.buf = attrString(make([]byte, 0, cap(w.buf)), unix.NFTA_SET_ELEM_LIST_TABLE, w.table)
+// room begins a message where there is none, or none with room.
+func (w *elementWriter) room() {
+	if w.list > 0 && len(w.buf)-w.list > largestAttr {
+		w.flush()
+	}
+	if w.list == 0 {
+		w.begin(nil)
+	}
+}
+
+func (w *elementWriter) begin(b []byte) {
+	w.buf = attrString(b, unix.NFTA_SET_ELEM_LIST_TABLE, w.table)
 	w.buf = attrString(w.buf, unix.NFTA_SET_ELEM_LIST_SET, w.set.Name)
 	w.list = len(w.buf)
 	w.buf = append(w.buf, 0, 0, 0, 0)
+}
+
+func (w *elementWriter) end() {
+	ne := binary.NativeEndian
+	ne.PutUint16(w.buf[w.list:], uint16(len(w.buf)-w.list))
+	ne.PutUint16(w.buf[w.list+2:], unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
+	w.list = 0
 }
 
 func (w *elementWriter) flush() {
 	if w.list == 0 {
 		return
 	}
-	ne := binary.NativeEndian
-	ne.PutUint16(w.buf[w.list:], uint16(len(w.buf)-w.list))
-	ne.PutUint16(w.buf[w.list+2:], unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
-	w.out = append(w.out, message{w.typ, w.flags, w.buf, w.what + " of set " + w.set.Name})
-	w.list = 0
+	w.end()
+	w.out = append(w.out, message{typ: w.typ, flags: w.flags, attrs: w.buf, what: w.what + " of set " + w.set.Name})
 }
 
 // appendElement writes one element; a left above 0 is when it vanishes by itself.
@@ -176,12 +213,10 @@ func appendElement(b, key []byte, flags uint32, target string, left time.Duratio
 
 // kernelCount is what the kernel counts of a set: of intervals their starts and
 // ends, halved.
-func kernelCount(s *rules.Set) int { return countOf(s, s.Addrs) }
-
-func countOf(s *rules.Set, ranges []rules.AddrRange) int {
-	n := len(ranges)
-	if n > 0 && s.Interval {
-		if _, ok := endOf(ranges[n-1].Hi); !ok {
+func kernelCount(s *rules.Set) int {
+	n := s.Len()
+	if last := len(s.Addrs) - 1; last >= 0 && s.Interval && s.Holds(s.Addrs[last]) {
+		if _, ok := endOf(s.Addrs[last].Hi); !ok {
 			n--
 		}
 	}

@@ -523,7 +523,9 @@ func (s *State) goodOf(here Namespace) (*Record, error) {
 	return r, err
 }
 
-func (s *State) none() error { return &StateError{Path: s.dir, Err: ErrNoState, Hint: "deadlight apply"} }
+func (s *State) none() error {
+	return &StateError{Path: s.dir, Err: ErrNoState, Hint: "deadlight apply"}
+}
 
 func (s *State) writable() error {
 	if !s.exclusive {

@@ -126,7 +126,7 @@ func ownerOf(name string, known map[string]bool) string {
 		if !ok {
 			continue
 		}
-		if known[kind.rule+rest] {
+		if known[kind.rule+rest] && kind.rule != "set " { // of a set there is one for each family
 			return kind.rule + rest
 		}
 		rest = strings.TrimSuffix(rest, "_hosts")
@@ -180,15 +180,12 @@ func (c changeJSON) print(w io.Writer) {
 	if mark == "" {
 		mark = "~"
 	}
-	line := c.Kind + " " + c.Name
-	if text := arrow(c.Before, c.After); text != "" {
+	line := c.Kind + " " + strings.TrimSuffix(c.Name, ` ("")`) // of a rule without a comment
+	if text := arrow(c.Before, c.After); text != "" && !strings.HasPrefix(c.Name, text+" of set ") {
 		line += ": " + text
 	}
 	if c.ByHand {
-		line += "  made by hand"
-	}
-	if c.By != nil {
-		line += "  by" + by(c.By)
+		line += "  made by hand" + by(c.By)
 	}
 	printf(w, "  %s %s\n", mark, oneLine(line))
 }
@@ -197,7 +194,7 @@ func by(b *byJSON) string {
 	if b == nil {
 		return ""
 	}
-	return fmt.Sprintf(" %s (pid %d)", b.Comm, b.PID)
+	return fmt.Sprintf(" by %s (pid %d)", b.Comm, b.PID)
 }
 
 // oneLine escapes what could steer a terminal, line ends too.

@@ -200,9 +200,9 @@ func (d *driftJSON) print(w io.Writer) {
 	case d.By == nil:
 		printf(w, "by whom is not known: nobody watched; %s of any table since\n", plural(int(d.Since), "change"))
 	case d.Since == 1:
-		printf(w, "changed by%s, the only change since\n", oneLine(by(d.By)))
+		printf(w, "changed%s, the only change since\n", oneLine(by(d.By)))
 	default:
-		printf(w, "last change by%s; %s of any table since\n", oneLine(by(d.By)), plural(int(d.Since), "change"))
+		printf(w, "last change%s; %s of any table since\n", oneLine(by(d.By)), plural(int(d.Since), "change"))
 	}
 	if len(d.Files) > 0 {
 		printf(w, "Drift: the policy is not what was applied at %s:\n", when)

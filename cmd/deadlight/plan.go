@@ -136,15 +136,17 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	}
 	was, will := outlooks(old, rs)
 	before.was = was
-	left := mostWalks
+	left := 0
 	if p.Baseline == baseKernel {
-		before.ask = askKernel(h.conn, &left)
+		p.Ports, left, err = askKernel(h.conn, before, will, found)
+	} else {
+		p.Ports, err = changedPorts(before, will, found)
 	}
-	if p.Ports, err = changedPorts(before, will, found); err != nil {
+	if err != nil {
 		return nil, err
 	}
-	if left < 0 {
-		p.Notes = append(p.Notes, "the kernel was asked for the first "+plural(mostWalks, "port")+" only")
+	if left > 0 {
+		p.Notes = append(p.Notes, fmt.Sprintf("the running rules were not asked about %s: too many", plural(left, "packet")))
 	}
 	if p.Ports == nil {
 		p.Ports = []portJSON{}
@@ -231,7 +233,7 @@ func (p *planJSON) explain(changes []firewall.Difference, is, want *firewall.Sna
 		}
 	}
 	for _, c := range p.Changes {
-		covered := c.Rule != "" || c.Kind == "table" || len(p.Rules) > 0 && lookup(firewall.Difference{Kind: c.Kind, Name: c.Name})
+		covered := c.Rule != "" || c.Kind == "table" || c.Kind == "object" || len(p.Rules) > 0 && lookup(firewall.Difference{Kind: c.Kind, Name: c.Name})
 		if c.ByHand || !covered {
 			p.shown = append(p.shown, c)
 		}
