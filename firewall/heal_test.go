@@ -130,8 +130,8 @@ func (d *guarded) await(kind ReportKind, over ...ReportKind) Report {
 	}
 }
 
-// tampering is what other programs may do to the table.
-func tampering() map[string]string {
+// foreignChanges are what other programs may do to the table.
+func foreignChanges() map[string]string {
 	return map[string]string{
 		"rule inserted":          `insert rule inet deadlight gate accept`,
 		"rule with our comment":  `insert rule inet deadlight gate tcp dport 23 accept comment "open web"`,
@@ -154,7 +154,7 @@ func tampering() map[string]string {
 }
 
 func TestGuardNoticesTampering(t *testing.T) {
-	for name, command := range tampering() {
+	for name, command := range foreignChanges() {
 		t.Run(name, func(t *testing.T) {
 			inNamespace(t, func(t *testing.T) {
 				rs := ruleset(t, everything)
@@ -187,7 +187,7 @@ func blocksOrNone(t *testing.T) string {
 }
 
 func TestGuardHeals(t *testing.T) {
-	for name, command := range tampering() {
+	for name, command := range foreignChanges() {
 		t.Run(name, func(t *testing.T) {
 			inNamespace(t, func(t *testing.T) {
 				d := guard(t, ruleset(t, everything), GuardOptions{Heal: true})
