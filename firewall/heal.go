@@ -285,6 +285,18 @@ func (g *Guard) compare(ctx context.Context) {
 	now := time.Now()
 	g.due = now.Add(g.Interval)
 	target, err := g.applied.Target()
+	if err != nil && !errors.Is(err, ErrNoState) {
+		// An apply may have replaced what we were reading.
+		unlock, ok, locked := g.applied.TryLock()
+		if locked == nil && !ok {
+			g.due = now.Add(busyWait)
+			return
+		}
+		if locked == nil {
+			target, err = g.applied.Target()
+			err = errors.Join(err, unlock())
+		}
+	}
 	switch {
 	case errors.Is(err, ErrNoState):
 		if !g.absent {
@@ -352,7 +364,8 @@ func (g *Guard) check(target *Target) (*Snapshot, []Difference, error) {
 func (g *Guard) forget() { g.suspects, g.touched, g.urgent = nil, time.Time{}, false }
 
 func (g *Guard) fail(err error) {
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, errTorn) || errors.Is(err, ErrStale) {
+	var state *StateError
+	if !errors.As(err, &state) && (errors.Is(err, unix.ENOENT) || errors.Is(err, errTorn) || errors.Is(err, ErrStale)) {
 		g.due = time.Now().Add(busyWait) // somebody writes while we read
 		return
 	}
