@@ -107,6 +107,7 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	if err != nil {
 		return nil, err
 	}
+	// For the large sets of the policy; nothing is sent that the old ones could spare.
 	h.conn.Known = firewall.KnownIn(&rs.Table)
 	is, changes, err := h.conn.Check(want, firewall.Samples)
 	if err != nil {
@@ -118,6 +119,9 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	}
 	before := &portsBefore{}
 	switch {
+	case !is.Present && last != nil && last.Namespace.Is(h.here):
+		p.Notes = append(p.Notes, "the table that was applied at "+last.Applied.Local().Format(time.DateTime)+" was taken away since")
+		fallthrough
 	case !is.Present:
 		p.Baseline, old = baseNone, nil // of what was applied nothing is in force
 	case last == nil || old == nil || len(firewall.Diff(is, last.Snapshot)) > 0:
