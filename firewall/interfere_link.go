@@ -127,6 +127,9 @@ func filtersOn(nl *netlink.Handle, l netlink.Link) ([]Interference, error) {
 			{netlink.HANDLE_MIN_INGRESS, "ingress", "Filters of tc see the packets that enter before the policy does: they can drop, redirect or rewrite."},
 			{netlink.HANDLE_MIN_EGRESS, "egress", "Filters of tc see the packets that leave: they can drop or redirect answers."},
 		} {
+			if q.Type() == "ingress" && end.parent == netlink.HANDLE_MIN_EGRESS {
+				continue // it has one end, and gives its filters whatever the parent
+			}
 			filters, err := nl.FilterList(l, end.parent)
 			if err != nil {
 				return out, fmt.Errorf("filters at %s: %w", end.title, err)
