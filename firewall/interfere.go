@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"deadlight/rules"
 )
@@ -132,4 +135,16 @@ func (c *Conn) foreign(rs *rules.Ruleset) ([]Interference, error) {
 		return nil, errTorn
 	}
 	return found.list(), nil
+}
+
+// HostFiles gives the files that bear on the namespace of the socket: with the
+// root directory of this machine if it is that of process 1, whose units and
+// scripts run there, else without.
+func (c *Conn) HostFiles() HostFiles {
+	first, err := stat("/proc/1/ns/net")
+	var own unix.Stat_t
+	if err != nil || unix.Fstat(int(c.ns.Fd()), &own) != nil || first.Dev != own.Dev || first.Ino != own.Ino {
+		return HostFiles{}
+	}
+	return HostFiles{Root: os.DirFS("/")}
 }

@@ -314,7 +314,7 @@ func (f *findings) scan(ch *liveChain, tried bool) {
 		}
 		f.add(i)
 	}
-	const looked = "Look whether it is meant."
+	looked := fmt.Sprintf("Look whether it is meant: nft -a list chain %s.", strings.Replace(strings.TrimPrefix(t.where(ch.title), "table "), ", chain", "", 1))
 	if r := e.moves; r != nil {
 		switch {
 		case ch.leaving():
