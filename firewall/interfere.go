@@ -56,10 +56,15 @@ type HostFiles struct {
 // opening names none); units and scripts that flush the ruleset. What cannot be
 // judged is listed as such.
 //
-// Openings are tried with representative packets: every port of a range of up to
+// Openings are tried with representative packets, the first of a flow and the
+// answer to it: every port of a range of up to
 // 128, a longer one cut where foreign rules name ports; one source of each list,
 // on each interface that has an address. Without a ruleset no packet can be
 // tried, and chains that can drop are listed as not judged.
+//
+// Units count as enabled when systemd's directories say that another unit wants
+// or requires them, or such a unit pulls them in; what programs that are no
+// scripts run is not seen.
 //
 // Not seen: eBPF on cgroups and sockets, netkit devices, classful qdiscs that
 // drop, what hardware does by itself, and other hosts on the way.

@@ -33,6 +33,15 @@ var sourced = regexp.MustCompile(`^\s*(?:\.|source|exec|sh|bash|/bin/sh|/bin/bas
 // flushes lists where a unit takes our table away.
 func (h *hostTree) flushes(name string, u *unit) []flush {
 	var out []flush
+	if name == "netfilter-persistent.service" { // it runs whatever stands there
+		plugins, err := fs.Glob(h.root, "usr/share/netfilter-persistent/plugins.d/*")
+		h.missed(name, err)
+		for _, file := range plugins {
+			for _, at := range h.scan(file, map[string]bool{}) {
+				out = append(out, flush{"ExecStart", at})
+			}
+		}
+	}
 	for _, e := range u.execs {
 		line := strings.TrimLeft(e.line, "@-:+!|")
 		if wipes.MatchString(line) {
@@ -230,6 +239,7 @@ func (h *hostTree) scripts() []Interference {
 		{"etc/rc.local", "at boot", true},
 		{"etc/rc.d/rc.local", "at boot", true},
 		{"etc/local.d/*.start", "at boot", true},
+		{"etc/ufw/*.init", "when ufw starts or stops", true},
 		{"etc/network/interfaces", "when a link comes up", false},
 		{"etc/network/interfaces.d/*", "when a link comes up", false},
 		{"etc/network/if-*.d/*", "when a link comes up or goes", true},

@@ -27,6 +27,7 @@ func unitDirs() []string {
 // unit is one unit as far as it matters here.
 type unit struct {
 	after, before []string
+	pulls         []string // units that start with it
 	execs         []unitExec
 	defaults      bool // ordered after basic.target, as units are by default
 }
@@ -82,23 +83,39 @@ func (h *hostTree) entries(dir string) []fs.DirEntry {
 	return list
 }
 
-// enabled are the units that some other unit wants or requires, by name.
+// enabled are the services that start by themselves, by name: those that some
+// unit is told to want or require, and what they pull in in turn.
 func (h *hostTree) enabled() []string {
-	var out []string
+	var queue []string
 	for _, dir := range unitDirs() {
 		for _, d := range h.entries(dir) {
 			if ext := path.Ext(d.Name()); ext != ".wants" && ext != ".requires" {
 				continue
 			}
 			for _, e := range h.entries(path.Join(dir, d.Name())) {
-				if path.Ext(e.Name()) == ".service" {
-					out = append(out, e.Name())
-				}
+				queue = append(queue, e.Name())
 			}
 		}
 	}
-	slices.Sort(out)
-	return slices.Compact(out)
+	seen := map[string]bool{}
+	for len(queue) > 0 {
+		name := queue[0]
+		queue = queue[1:]
+		if seen[name] || strings.ContainsAny(name, "/%") {
+			continue
+		}
+		seen[name] = true
+		u := h.unit(name)
+		if u == nil {
+			continue
+		}
+		queue = append(queue, u.pulls...)
+		switch ext := path.Ext(name); ext { // what they start goes by their name unless they say else
+		case ".timer", ".path", ".socket":
+			queue = append(queue, strings.TrimSuffix(name, ext)+".service")
+		}
+	}
+	return slices.DeleteFunc(sortedKeys(seen), func(name string) bool { return path.Ext(name) != ".service" })
 }
 
 // unit reads a unit with its drop-ins; nil when there is none or it is masked.
@@ -184,6 +201,8 @@ func (u *unit) read(text []byte) {
 			u.after = append(u.after, strings.Fields(value)...)
 		case section == "[Unit]" && key == "Before":
 			u.before = append(u.before, strings.Fields(value)...)
+		case section == "[Unit]" && slices.Contains([]string{"Wants", "Requires", "BindsTo", "Upholds"}, key), key == "Unit":
+			u.pulls = append(u.pulls, strings.Fields(value)...)
 		case section == "[Unit]" && key == "DefaultDependencies":
 			u.defaults = u.defaults && !slices.Contains([]string{"no", "false", "off", "0"}, strings.ToLower(value))
 		case section == "[Service]" && strings.HasPrefix(key, "Exec"):

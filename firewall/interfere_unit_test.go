@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"testing/fstest"
+
+	"deadlight/rules"
 )
 
 // The units of Debian, as far as they matter: what starts when, and runs what.
@@ -197,6 +199,24 @@ func TestUnits(t *testing.T) {
 			files:   with(debian, units+"docker.service", "[Unit]\nAfter=firewalld.service\n[Service]\nExecStart=/usr/bin/dockerd\n"),
 			enabled: []string{"docker.service"}, want: []string{"note unit docker.service"},
 		},
+		"a plugin that loads nftables": {
+			files: with(debian, units+"netfilter-persistent.service", "[Service]\nExecStart=/usr/sbin/netfilter-persistent start\n",
+				"usr/share/netfilter-persistent/plugins.d/35-nft", "#!/bin/sh\nnft -f /etc/nftables.conf\n"),
+			enabled: []string{"netfilter-persistent.service"}, want: []string{"breaks unit netfilter-persistent.service", "may unit netfilter-persistent.service"},
+			rule: "/etc/nftables.conf:3",
+		},
+		"pulled in by another": {
+			files:   with(debian, units+"network-setup.service", "[Unit]\nWants=nftables.service\n[Service]\nExecStart=/bin/true\n"),
+			enabled: []string{"network-setup.service"}, want: []string{"breaks unit nftables.service"},
+		},
+		"by a timer": {
+			files: map[string]string{units + "fw.timer": "[Timer]\nOnBootSec=1min\n", units + "fw.service": "[Service]\nExecStart=nft flush ruleset\n",
+				units + "other.timer": "[Timer]\nOnBootSec=1min\nUnit=wipe.service\n", units + "wipe.service": "[Service]\nExecStart=/usr/sbin/nft delete table inet deadlight\n"},
+			enabled: []string{"fw.timer", "other.timer"}, want: []string{"breaks unit fw.service", "breaks unit wipe.service"},
+		},
+		"a hook of ufw": {
+			files: map[string]string{"etc/ufw/after.init": "#!/bin/sh\nnft flush ruleset\n"}, want: []string{"breaks script /etc/ufw/after.init"},
+		},
 		"enabled, but not there": {files: map[string]string{}, enabled: []string{"nftables.service"}},
 		"a script at boot": {
 			files: map[string]string{"etc/rc.local": "#!/bin/sh\nnft flush ruleset && echo x\n"}, want: []string{"breaks script /etc/rc.local"}, rule: "/etc/rc.local:2",
@@ -262,4 +282,38 @@ func TestUnitsCircle(t *testing.T) {
 	if got := unitInterference(tree(files, "a0.service", "deadlight.service")); len(got) != 1 || !strings.Contains(got[0].Fact, "Nothing says") {
 		t.Errorf("got %+v", got)
 	}
+}
+
+// What Debian's nftables.service loads does take our table away, and is named.
+func TestFlushIsReal(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		l := newLab(t)
+		rs := ruleset(t, "[open.web]\nports = 80\n")
+		mustApply(t, l.c, rs)
+		files := noLegacy()
+		files.Root = tree(map[string]string{units + "nftables.service": nftablesUnit, "etc/nftables.conf": nftablesConf}, "nftables.service")
+		list, err := l.c.Interference(rs, files)
+		must(t, err)
+		if got := shorts(list); !slices.Equal(got, []string{"breaks unit nftables.service"}) {
+			t.Errorf("got %+v", list)
+		}
+		l.load(nftablesConf)
+		is, err := l.c.Snapshot(rules.TableName)
+		must(t, err)
+		if is.Present {
+			t.Error("the table is still there")
+		}
+	})
+}
+
+// Units and scripts are those of the host: another namespace has none.
+func TestHostFiles(t *testing.T) {
+	if c := dial(t); c.HostFiles().Root == nil {
+		t.Error("no root directory in the namespace of process 1")
+	}
+	inNamespace(t, func(t *testing.T) {
+		if c := dial(t); c.HostFiles().Root != nil {
+			t.Error("a root directory in another namespace")
+		}
+	})
 }
