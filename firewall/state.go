@@ -329,7 +329,7 @@ func (s *State) record(name string) (*Record, error) {
 func (s *State) index(name string) (*Record, error) {
 	raw, err := s.read(name, largestIndex)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &StateError{Path: s.dir, Err: ErrNoState, Hint: "deadlight apply"}
+		return nil, s.none()
 	}
 	if err != nil {
 		return nil, err
@@ -487,7 +487,7 @@ func (s *State) Settle(look func() (*Snapshot, error), here Namespace) (*Record,
 	next, err := s.Next()
 	switch {
 	case errors.Is(err, ErrNoState):
-		return s.Good()
+		return s.goodOf(here)
 	case errors.Is(err, ErrStateDamaged):
 		// It was never acted on: it is written whole before the kernel is asked.
 	case err != nil:
@@ -510,7 +510,21 @@ func (s *State) Settle(look func() (*Snapshot, error), here Namespace) (*Record,
 			return nil, err
 		}
 	}
-	return s.Good()
+	return s.goodOf(here)
+}
+
+// goodOf is Good, unless that is of a namespace that has ended and left its
+// number to this one.
+func (s *State) goodOf(here Namespace) (*Record, error) {
+	r, err := s.Good()
+	if err == nil && r.Namespace.Heir(here) {
+		return nil, s.none()
+	}
+	return r, err
+}
+
+func (s *State) none() error {
+	return &StateError{Path: s.dir, Err: ErrNoState, Hint: "deadlight apply"}
 }
 
 func (s *State) writable() error {

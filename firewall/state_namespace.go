@@ -27,6 +27,12 @@ func (n Namespace) Is(o Namespace) bool { return n == o }
 // since.
 func (n Namespace) Gone(now Namespace) bool { return n.Boot != now.Boot }
 
+// Heir reports whether o, of the same boot, has the number of n but is another:
+// n has ended.
+func (n Namespace) Heir(o Namespace) bool {
+	return n.Boot == o.Boot && n.Dev == o.Dev && n.Inode == o.Inode && n.Cookie != o.Cookie
+}
+
 // Namespace identifies the network namespace of the socket.
 func (c *Conn) Namespace() (Namespace, error) {
 	var st unix.Stat_t

@@ -9,15 +9,15 @@ import (
 	"deadlight/rules"
 )
 
-// stored gives a policy the files that it was read from, as they were then.
-type stored struct {
+// storedFiles gives a policy the files that it was read from, as they were then.
+type storedFiles struct {
 	state  *State
 	record *Record
 	err    error // of the state, which the parser would take for one of the policy
 }
 
 // Glob implements [rules.Files].
-func (f *stored) Glob(pattern string) ([]string, error) {
+func (f *storedFiles) Glob(pattern string) ([]string, error) {
 	for _, g := range f.record.Globs {
 		if g.Pattern == pattern {
 			return slices.Clone(g.Names), nil
@@ -27,7 +27,7 @@ func (f *stored) Glob(pattern string) ([]string, error) {
 }
 
 // ReadFile implements [rules.Files].
-func (f *stored) ReadFile(name string) ([]byte, error) {
+func (f *storedFiles) ReadFile(name string) ([]byte, error) {
 	for _, src := range f.record.Sources {
 		if src.Name != name || src.Absent {
 			continue
@@ -47,7 +47,7 @@ func (s *State) Compile(r *Record) (*rules.Ruleset, error) {
 	if err != nil {
 		return nil, err
 	}
-	files := &stored{state: s, record: r}
+	files := &storedFiles{state: s, record: r}
 	p, problems := rules.Parse(r.Policy, main, files)
 	if files.err != nil {
 		return nil, files.err
@@ -60,4 +60,41 @@ func (s *State) Compile(r *Record) (*rules.Ruleset, error) {
 		return nil, s.failed("", fmt.Errorf("%w: the stored policy is not valid for this version of deadlight:\n%s", ErrStateVersion, b.String()))
 	}
 	return rules.Compile(p), nil
+}
+
+// Known gives a [Conn] the large sets of a record, compiled when one is asked
+// for. What cannot be compiled any more is not known: then all of a set is sent,
+// and none of it is looked up.
+func (s *State) Known(r *Record) func(set, digest string) []rules.AddrRange {
+	var known func(set, digest string) []rules.AddrRange
+	return func(set, digest string) []rules.AddrRange {
+		if known == nil {
+			table := &rules.Table{}
+			if rs, err := s.Compile(r); err == nil {
+				table = &rs.Table
+			}
+			known = KnownIn(table)
+		}
+		return known(set, digest)
+	}
+}
+
+// KnownIn gives a [Conn] the large sets of a table.
+func KnownIn(table *rules.Table) func(set, digest string) []rules.AddrRange {
+	digests := map[string]string{}
+	return func(set, digest string) []rules.AddrRange {
+		for i := range table.Sets {
+			s := &table.Sets[i]
+			if s.Name != set {
+				continue
+			}
+			if digests[set] == "" {
+				digests[set] = s.Digest()
+			}
+			if digests[set] == digest {
+				return s.Addrs
+			}
+		}
+		return nil
+	}
 }

@@ -53,14 +53,14 @@ func apply(t testing.TB, s *State, r *Record, generation uint32) {
 	}
 }
 
-func names(t testing.TB, dir, end string) []string {
+func entries(t testing.TB, dir, end string) []string {
 	t.Helper()
-	entries, err := os.ReadDir(dir)
+	list, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var out []string
-	for _, e := range entries {
+	for _, e := range list {
 		if strings.HasSuffix(e.Name(), end) {
 			out = append(out, e.Name())
 		}
@@ -128,7 +128,7 @@ func TestStateKeepsWhatWasApplied(t *testing.T) {
 	if before.Ino != after.Ino || before.Mtim != after.Mtim {
 		t.Error("an unchanged list was written again")
 	}
-	if blobs := names(t, dir, blobEnd); len(blobs) != 3 {
+	if blobs := entries(t, dir, blobEnd); len(blobs) != 3 {
 		t.Errorf("blobs that nothing names stay: %q", blobs)
 	}
 	if err := s.Clear(); err != nil {
@@ -137,7 +137,7 @@ func TestStateKeepsWhatWasApplied(t *testing.T) {
 	if _, err := s.Good(); !errors.Is(err, ErrNoState) {
 		t.Errorf("after Clear: %v", err)
 	}
-	if left := names(t, dir, ""); !slices.Equal(left, []string{lockName}) {
+	if left := entries(t, dir, ""); !slices.Equal(left, []string{lockName}) {
 		t.Errorf("after Clear there are %q", left)
 	}
 }
@@ -332,7 +332,7 @@ func TestStateSurvivesASuddenEnd(t *testing.T) {
 				// The next apply leaves no litter: lock, good, snapshot, policy, list.
 				s = lockedState(t, dir)
 				apply(t, s, recordOf(t, others, list), 1)
-				if left := names(t, dir, ""); len(left) != 5 {
+				if left := entries(t, dir, ""); len(left) != 5 {
 					t.Errorf("%s: left on disk: %q", where, left)
 				}
 				if _, err := c.Remove(rules.TableName); err != nil {
@@ -429,7 +429,7 @@ func TestStateOfAnotherUser(t *testing.T) {
 	for name, spoil := range map[string]func(dir string) error{
 		"directory": func(dir string) error { return os.Chmod(dir, 0o770) },
 		"index":     func(dir string) error { return os.Chmod(filepath.Join(dir, indexGood), 0o602) },
-		"blob":      func(dir string) error { return os.Chmod(filepath.Join(dir, names(t, dir, blobEnd)[0]), 0o660) },
+		"blob":      func(dir string) error { return os.Chmod(filepath.Join(dir, entries(t, dir, blobEnd)[0]), 0o660) },
 	} {
 		dir := fresh(name)
 		if err := spoil(dir); err != nil {
@@ -486,7 +486,7 @@ func TestStateFullAndReadOnlyDisk(t *testing.T) {
 	}()
 	s := lockedState(t, dir)
 	apply(t, s, recordOf(t, little), 3)
-	left := names(t, dir, "")
+	left := entries(t, dir, "")
 	tell := func(what string, err error, want error) {
 		t.Helper()
 		var e *StateError
@@ -496,7 +496,7 @@ func TestStateFullAndReadOnlyDisk(t *testing.T) {
 		if got, err := s.Good(); err != nil || got.Generation != 3 {
 			t.Errorf("%s: then good: %v", what, err)
 		}
-		if now := names(t, dir, ""); !slices.Equal(now, left) {
+		if now := entries(t, dir, ""); !slices.Equal(now, left) {
 			t.Errorf("%s: left behind: %q, before %q", what, now, left)
 		}
 	}
@@ -612,8 +612,18 @@ func TestStateDir(t *testing.T) {
 		}
 		next := here
 		next.Cookie++
-		if here.Is(next) || !here.Is(here) {
+		if here.Is(next) || !here.Is(here) || !here.Heir(next) || here.Heir(here) {
 			t.Error("a namespace with a used inode number is taken for the old one")
+		}
+		s := lockedState(t, t.TempDir())
+		r := recordOf(t, little)
+		r.Namespace = here
+		apply(t, s, r, 1)
+		if _, err := s.Settle(nil, here); err != nil {
+			t.Error(err)
+		}
+		if _, err := s.Settle(nil, next); !errors.Is(err, ErrNoState) {
+			t.Errorf("what was applied to a namespace that has ended is said of another: %v", err)
 		}
 	})
 }

@@ -78,12 +78,13 @@ func appendAddr(b []byte, a netip.Addr) []byte {
 	return append(b, n[:]...)
 }
 
-const chainMarks = "applied"
+// ChainApplied is the chain of the marks, see [ParseMark].
+const ChainApplied = "applied"
 
 // marks gives the chain that says what large sets hold, or none without them.
 // Nothing jumps there.
 func marks(sets []Set) []Chain {
-	ch := Chain{Name: chainMarks}
+	ch := Chain{Name: ChainApplied}
 	for i := range sets {
 		if s := &sets[i]; s.Large() {
 			ch.Rules = append(ch.Rules, line(fmt.Sprintf("%s %d elements %s", s.Name, s.Len(), s.Digest()), Verdict{Kind: VerdictReturn}))

@@ -195,12 +195,12 @@ func (r *reader) list(file string, src []byte, into *addrList) {
 	bad := 0
 	for number := 1; len(src) > 0; number++ {
 		if v4, n := network4(src); n > 0 {
-			if end := lineEnd(src[n:]); end > 0 {
+			if end, ok := lineEnd(src[n:]); ok {
 				into.v4, src = append(into.v4, v4), src[n+end:]
 				continue
 			}
 		} else if v6, n := network6(src); n > 0 {
-			if end := lineEnd(src[n:]); end > 0 {
+			if end, ok := lineEnd(src[n:]); ok {
 				into.v6, src = append(into.v6, v6), src[n+end:]
 				continue
 			}
@@ -230,23 +230,23 @@ func (r *reader) list(file string, src []byte, into *addrList) {
 }
 
 // lineEnd gives the length of what ends the line after an address, the newline
-// included, or 0 if that is more than blanks and a comment.
-func lineEnd(s []byte) int {
+// included; false if that is more than blanks and a comment.
+func lineEnd(s []byte) (int, bool) {
 	for i, c := range s {
 		switch c {
 		case '\n':
-			return i + 1
+			return i + 1, true
 		case ' ', '\t', '\r':
 		case '#':
 			if n := bytes.IndexByte(s[i:], '\n'); n >= 0 {
-				return i + n + 1
+				return i + n + 1, true
 			}
-			return len(s)
+			return len(s), true
 		default:
-			return 0
+			return 0, false
 		}
 	}
-	return max(len(s), 1)
+	return len(s), true
 }
 
 // parseLine reads what the fast path has not.

@@ -82,6 +82,9 @@ func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources) (
 	case h.elsewhere(last):
 		printf(e.stderr, "deadlight: warning: the state in %s is of another network namespace: it is written anew\n", printable(h.state.Dir()))
 	}
+	if last != nil {
+		h.conn.Known = h.state.Known(last)
+	}
 	r, err := h.newRecord(file, rs, from)
 	if err != nil {
 		return res, err

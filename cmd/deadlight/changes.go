@@ -80,6 +80,10 @@ func rulesOf(rs *rules.Ruleset) []written {
 			out = append(out, written{"egress " + g.Name, text + logged(&g.Traffic), g.Pos})
 		}
 	}
+	for i := range p.Sets {
+		s := &p.Sets[i]
+		out = append(out, written{"set " + s.Name, plural(len(s.Ranges), "range") + " of addresses", s.Pos})
+	}
 	return out
 }
 
@@ -117,17 +121,19 @@ func owner(d firewall.Difference, known map[string]bool) string {
 // ownerOf tells the rule from the name of a chain, set, counter or limit.
 func ownerOf(name string, known map[string]bool) string {
 	for _, kind := range []struct{ prefix, rule string }{
-		{"open_", "open "}, {"admit_", "open "}, {"rate_", "open "}, {"block_", "block "}, {"egress_", "egress "}} {
+		{"open_", "open "}, {"admit_", "open "}, {"rate_", "open "}, {"block_", "block "}, {"egress_", "egress "}, {"set_", "set "}} {
 		rest, ok := strings.CutPrefix(name, kind.prefix)
 		if !ok {
 			continue
 		}
-		if known[kind.rule+rest] {
+		if known[kind.rule+rest] && kind.rule != "set " { // of a set there is one for each family
 			return kind.rule + rest
 		}
-		for _, end := range []string{"_from", "_except", "_to", "_if", "_until", "_rate", "_conn"} {
-			if i := strings.LastIndex(rest, end); i > 0 && len(rest)-i <= len(end)+2 && known[kind.rule+rest[:i]] {
-				return kind.rule + rest[:i]
+		rest = strings.TrimSuffix(rest, "_hosts")
+		for _, end := range [...]string{"_from4", "_from6", "_except4", "_except6", "_to4", "_to6", "_if", "_until",
+			"_rate4", "_rate6", "_conn4", "_conn6", "_4", "_6"} {
+			if name, ok := strings.CutSuffix(rest, end); ok && known[kind.rule+name] {
+				return kind.rule + name
 			}
 		}
 	}
@@ -147,7 +153,12 @@ func lookup(d firewall.Difference) bool {
 			}
 		}
 	}
-	return d.Kind == "rule" && strings.Contains(d.Name, "listed ")
+	for _, comment := range []string{`("open")`, `("block")`, `("egress")`, `("listed `} {
+		if d.Kind == "rule" && strings.Contains(d.Name, comment) {
+			return true
+		}
+	}
+	return false
 }
 
 func sign(action string) string { return map[string]string{"add": "+", "remove": "-"}[action] }
@@ -169,15 +180,12 @@ func (c changeJSON) print(w io.Writer) {
 	if mark == "" {
 		mark = "~"
 	}
-	line := c.Kind + " " + c.Name
-	if text := arrow(c.Before, c.After); text != "" {
+	line := c.Kind + " " + strings.TrimSuffix(c.Name, ` ("")`) // of a rule without a comment
+	if text := arrow(c.Before, c.After); text != "" && !strings.HasPrefix(c.Name, text+" of set ") {
 		line += ": " + text
 	}
 	if c.ByHand {
-		line += "  made by hand"
-	}
-	if c.By != nil {
-		line += "  by" + by(c.By)
+		line += "  made by hand" + by(c.By)
 	}
 	printf(w, "  %s %s\n", mark, oneLine(line))
 }
@@ -186,7 +194,7 @@ func by(b *byJSON) string {
 	if b == nil {
 		return ""
 	}
-	return fmt.Sprintf(" %s (pid %d)", b.Comm, b.PID)
+	return fmt.Sprintf(" by %s (pid %d)", b.Comm, b.PID)
 }
 
 // oneLine escapes what could steer a terminal, line ends too.

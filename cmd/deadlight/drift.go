@@ -86,22 +86,23 @@ func driftHere(dir string) (_ *driftJSON, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
-	is, err := h.look()
-	if err != nil {
-		return nil, err
-	}
-	last, err := h.state.Settle(func() (*firewall.Snapshot, error) { return is, nil }, h.here)
+	last, err := h.state.Settle(h.look, h.here)
 	if err != nil {
 		return nil, err
 	}
 	if h.elsewhere(last) {
 		return nil, refused(fmt.Errorf("the state in %s is of another network namespace: could not tell", h.state.Dir()), "deadlight apply")
 	}
+	h.conn.Known = h.state.Known(last)
+	is, changes, err := h.conn.Check(last.Snapshot, firewall.Samples)
+	if err != nil {
+		return nil, err
+	}
 	d := &driftJSON{
 		Schema: 1, Policy: last.Policy, Applied: last.Applied, Generation: is.Generation.ID, AppliedGen: last.Generation,
 		Loaded: is.Present, Rebooted: last.Namespace.Gone(h.here), Changes: []changeJSON{}, Files: []fileJSON{},
 	}
-	for _, x := range firewall.Diff(is, last.Snapshot) {
+	for _, x := range changes {
 		d.Changes = append(d.Changes, changeOf(seenFrom(x)))
 	}
 	if !d.Rebooted {
@@ -199,9 +200,9 @@ func (d *driftJSON) print(w io.Writer) {
 	case d.By == nil:
 		printf(w, "by whom is not known: nobody watched; %s of any table since\n", plural(int(d.Since), "change"))
 	case d.Since == 1:
-		printf(w, "changed by%s, the only change since\n", oneLine(by(d.By)))
+		printf(w, "changed%s, the only change since\n", oneLine(by(d.By)))
 	default:
-		printf(w, "last change by%s; %s of any table since\n", oneLine(by(d.By)), plural(int(d.Since), "change"))
+		printf(w, "last change%s; %s of any table since\n", oneLine(by(d.By)), plural(int(d.Since), "change"))
 	}
 	if len(d.Files) > 0 {
 		printf(w, "Drift: the policy is not what was applied at %s:\n", when)

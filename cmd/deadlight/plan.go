@@ -2,7 +2,9 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -100,12 +102,8 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	if err != nil {
 		return nil, err
 	}
-	is, err := h.look()
-	if err != nil {
-		return nil, err
-	}
 	p := &planJSON{
-		Schema: 1, Policy: file, Generation: is.Generation.ID, Loaded: is.Present,
+		Schema: 1, Policy: file, Baseline: baseApplied,
 		Rules: []ruleChangeJSON{}, Changes: []changeJSON{}, Ports: []portJSON{}, Notes: []string{},
 	}
 	beside, err := h.conn.Interference(rs, h.conn.HostFiles())
@@ -113,22 +111,24 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 		return nil, err
 	}
 	p.Interference = interferences(beside)
-	last, old, err := h.lastApplied(is, p)
+	last, old, err := h.lastApplied(p)
 	if err != nil {
 		return nil, err
 	}
-	changes := firewall.Diff(is, want)
+	h.conn.Known = firewall.KnownIn(&rs.Table)
+	is, changes, err := h.conn.Check(want, firewall.Samples)
+	if err != nil {
+		return nil, err
+	}
+	p.Generation, p.Loaded = is.Generation.ID, is.Present
 	if len(changes) == 0 {
 		return p, nil
 	}
 	before := &portsBefore{}
-	p.Baseline = baseNone
 	switch {
 	case !is.Present:
-		old = nil // of what was applied nothing is in force
-	case last != nil && old != nil && len(firewall.Diff(is, last.Snapshot)) == 0:
-		p.Baseline = baseApplied
-	default:
+		p.Baseline, old = baseNone, nil // of what was applied nothing is in force
+	case last == nil || old == nil || len(firewall.Diff(is, last.Snapshot)) > 0:
 		p.Baseline = baseKernel
 	}
 	var who *byJSON
@@ -144,15 +144,17 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	}
 	was, will := outlooks(old, rs)
 	before.was = was
-	left := mostWalks
+	left := 0
 	if p.Baseline == baseKernel {
-		before.ask = askKernel(h.conn, &left)
+		p.Ports, left, err = askKernel(h.conn, before, will, found)
+	} else {
+		p.Ports, err = changedPorts(before, will, found)
 	}
-	if p.Ports, err = changedPorts(before, will, found); err != nil {
+	if err != nil {
 		return nil, err
 	}
-	if left < 0 {
-		p.Notes = append(p.Notes, "the kernel was asked for the first "+plural(mostWalks, "port")+" only")
+	if left > 0 {
+		p.Notes = append(p.Notes, fmt.Sprintf("the running rules were not asked about %s: too many", plural(left, "packet")))
 	}
 	if p.Ports == nil {
 		p.Ports = []portJSON{}
@@ -162,8 +164,8 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 
 // lastApplied gives the record of what was last applied here with its ruleset;
 // what keeps it from being used is noted.
-func (h *host) lastApplied(is *firewall.Snapshot, p *planJSON) (*firewall.Record, *rules.Ruleset, error) {
-	last, err := h.state.Settle(func() (*firewall.Snapshot, error) { return is, nil }, h.here)
+func (h *host) lastApplied(p *planJSON) (*firewall.Record, *rules.Ruleset, error) {
+	last, err := h.state.Settle(h.look, h.here)
 	switch {
 	case errors.Is(err, firewall.ErrNoState):
 		return nil, nil, nil
@@ -196,19 +198,12 @@ func (p *planJSON) explain(changes []firewall.Difference, is, want *firewall.Sna
 	for _, w := range after {
 		known[w.rule], will[w.rule] = true, true
 	}
-	// What the two policies explain is no hand's work.
-	var meant map[firewall.Difference]bool
-	if last != nil && is.Present {
-		meant = map[firewall.Difference]bool{}
-		for _, d := range firewall.Diff(last.Snapshot, want) {
-			meant[d] = true
-		}
-	}
+	hand := handiwork(changes, is, want, last)
 	raw := map[string]int{}
 	for _, d := range changes {
 		c := changeOf(d)
 		c.Rule = owner(d, known)
-		if meant != nil && !meant[d] {
+		if hand.did(d) {
 			c.ByHand, c.By = true, who
 		}
 		p.Changes = append(p.Changes, c)
@@ -232,20 +227,95 @@ func (p *planJSON) explain(changes []firewall.Difference, is, want *firewall.Sna
 			r.Action = "add"
 		case o.text == w.text && r.Raw == 0:
 			continue
+		default:
+			r.After += changedSet(w.rule, old, rs)
+		}
+		if r.Raw == 0 && is.Present && strings.HasPrefix(w.rule, "set ") {
+			continue // no rule uses it
 		}
 		p.Rules = append(p.Rules, r)
 	}
 	for _, w := range before {
-		if !will[w.rule] {
+		if !will[w.rule] && (raw[w.rule] > 0 || !strings.HasPrefix(w.rule, "set ")) {
 			p.Rules = append(p.Rules, ruleChangeJSON{Action: "remove", Rule: w.rule, Before: w.text, File: w.pos.File, Line: w.pos.Line, Raw: raw[w.rule]})
 		}
 	}
 	for _, c := range p.Changes {
-		covered := c.Rule != "" || c.Kind == "table" || len(p.Rules) > 0 && lookup(firewall.Difference{Kind: c.Kind, Name: c.Name})
+		covered := c.Rule != "" || c.Kind == "table" || c.Kind == "object" || len(p.Rules) > 0 && lookup(firewall.Difference{Kind: c.Kind, Name: c.Name})
 		if c.ByHand || !covered {
 			p.shown = append(p.shown, c)
 		}
 	}
+	for _, d := range hand.hidden {
+		c := changeOf(d)
+		c.ByHand, c.By = true, who
+		p.Changes, p.shown = append(p.Changes, c), append(p.shown, c)
+	}
+}
+
+// handMade tells what somebody changed in the kernel from what two policies
+// explain.
+type handMade struct {
+	meant  map[firewall.Difference]int // what they explain, however often; nil: it cannot be told
+	hidden []firewall.Difference       // within a chain or a set that is replaced whole
+}
+
+func handiwork(changes []firewall.Difference, is, want *firewall.Snapshot, last *firewall.Record) *handMade {
+	h := &handMade{}
+	if last == nil || !is.Present {
+		return h
+	}
+	h.meant = map[firewall.Difference]int{}
+	for _, d := range firewall.Diff(last.Snapshot, want) {
+		h.meant[placeless(d)]++
+	}
+	whole, listed := map[string]bool{}, map[firewall.Difference]bool{}
+	for _, d := range changes {
+		listed[placeless(d)] = true
+		if d.Kind == "chain" || d.Kind == "set" {
+			whole[d.Kind+" "+d.Name] = true
+		}
+	}
+	for _, d := range firewall.Diff(is, last.Snapshot) {
+		_, inside, ok := strings.Cut(d.Name, " of ")
+		if fields := strings.Fields(inside); ok && len(fields) > 1 && !listed[placeless(d)] && whole[fields[0]+" "+fields[1]] {
+			h.hidden = append(h.hidden, d)
+		}
+	}
+	return h
+}
+
+// did reports whether a difference is somebody's work; each that is explained is
+// used up.
+func (h *handMade) did(d firewall.Difference) bool {
+	if h.meant == nil {
+		return false
+	}
+	d = placeless(d)
+	h.meant[d]--
+	return h.meant[d] < 0
+}
+
+// placeless leaves out where in its chain a rule stands: a rule more above it
+// changes that.
+func placeless(d firewall.Difference) firewall.Difference {
+	if d.Kind == "rule" {
+		_, d.Name, _ = strings.Cut(d.Name, " ")
+	}
+	return d
+}
+
+// changedSet says what became of the addresses of a set; of another rule, nothing.
+func changedSet(rule string, old, rs *rules.Ruleset) string {
+	name, ok := strings.CutPrefix(rule, "set ")
+	if !ok || old == nil {
+		return ""
+	}
+	was, is := old.Policy.Set(name), rs.Policy.Set(name)
+	if was == nil || is == nil {
+		return ""
+	}
+	return fmt.Sprintf(", %d new, %d gone", missing(is.Ranges, was.Ranges), missing(was.Ranges, is.Ranges))
 }
 
 // partly reports whether some of a rule is in the kernel already.

@@ -541,25 +541,49 @@ func printPorts(out io.Writer, rows []portJSON) error {
 	return w.Flush()
 }
 
-// mostWalks bounds how often the kernel is asked: it reads all its rules each
-// time.
-const mostWalks = 200
+// mostWalks bounds how many packets the kernel's rules are asked about.
+const mostWalks = 4096
 
-// askKernel judges a stranger's packets by the running kernel.
-func askKernel(conn *firewall.Conn, left *int) func(rules.Protocol, uint16, bool) (reach, error) {
-	return func(p rules.Protocol, port uint16, v4 bool) (reach, error) {
-		if *left--; *left < 0 {
-			return reach{text: "not asked for", open: true}, nil
+// question is what the running kernel is asked about a stranger.
+type question struct {
+	protocol rules.Protocol
+	port     uint16
+	v4       bool
+}
+
+// askKernel lists what changes with the running rules as what was before: what
+// to ask is collected first, since the rules are read once for all packets. left
+// is how many questions were too many.
+func askKernel(conn *firewall.Conn, b *portsBefore, will *outlook, found []listener) (rows []portJSON, left int, err error) {
+	answers := map[question]reach{}
+	var ask []question
+	b.ask = func(p rules.Protocol, port uint16, v4 bool) (reach, error) {
+		q := question{p, port, v4}
+		r, asked := answers[q]
+		if !asked {
+			ask, answers[q] = append(ask, q), reach{text: "not asked for"}
 		}
-		j, err := conn.Walk(strangersPacket(p, port, v4))
-		if err != nil {
-			return reach{}, err
-		}
-		text := map[firewall.Verdict]string{
-			firewall.WalkAccept: "open", firewall.WalkDrop: "filtered", firewall.WalkReject: "rejected"}[j.Verdict]
-		if text == "" {
-			text = "cannot be told"
-		}
-		return reach{text, text, j.Verdict == firewall.WalkAccept}, nil
+		return r, nil
 	}
+	if _, err := changedPorts(b, will, found); err != nil {
+		return nil, 0, err
+	}
+	left = max(0, len(ask)-mostWalks)
+	ask = ask[:len(ask)-left]
+	var packets []rules.Packet
+	for _, q := range ask {
+		packets = append(packets, strangersPacket(q.protocol, q.port, q.v4))
+	}
+	journeys, err := conn.WalkAll(packets)
+	if err != nil {
+		return nil, 0, err
+	}
+	words := map[firewall.Verdict]string{
+		firewall.WalkAccept: "open", firewall.WalkDrop: "filtered", firewall.WalkReject: "rejected", firewall.WalkUnknown: "cannot be told"}
+	for i, j := range journeys {
+		text := words[j.Verdict]
+		answers[ask[i]] = reach{text, text, j.Verdict == firewall.WalkAccept}
+	}
+	rows, err = changedPorts(b, will, found)
+	return rows, left, err
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -51,7 +52,11 @@ func listeners() ([]listener, error) {
 		dump     func(family uint8) ([]*netlink.Socket, error)
 	}{{rules.TCP, listen, netlink.SocketDiagTCP}, {rules.UDP, closed, netlink.SocketDiagUDP}} {
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-			sockets, err := kind.dump(family)
+			var sockets []*netlink.Socket
+			err := error(netlink.ErrDumpInterrupted)
+			for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
+				sockets, err = kind.dump(family) // some came or went while they were listed
+			}
 			if err != nil {
 				return nil, fmt.Errorf("list the sockets: %w", err)
 			}

@@ -126,7 +126,7 @@ func hostError(err error, again string) error {
 	case !errors.As(err, &s):
 		return kernelError(err, again)
 	case errors.Is(err, fs.ErrPermission) && s.Hint == "":
-		return refused(fmt.Errorf("no permission to use the state in %s", s.Path), "sudo "+again)
+		return refused(fmt.Errorf("no permission to use the state in %s", s.Path), "sudo "+again+"; in a user namespace name another place with --state-dir")
 	}
 	return refused(err, s.Hint)
 }

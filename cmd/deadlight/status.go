@@ -113,16 +113,8 @@ func statusHere(dir, root string) (_ *statusJSON, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
-	is, err := h.look()
-	if err != nil {
-		return nil, err
-	}
 	s := &statusJSON{Schema: 1, Counters: []counterJSON{}, Notes: []string{}}
-	s.Kernel = kernelStatusJSON{Table: tablePresent, Generation: is.Generation.ID}
-	if !is.Present {
-		s.Kernel.Table = tableAbsent
-	}
-	rs, err := s.applied(h, is)
+	rs, err := s.applied(h)
 	if err != nil {
 		return nil, err
 	}
@@ -148,33 +140,38 @@ func statusHere(dir, root string) (_ *statusJSON, err error) {
 
 // applied fills in what was applied last and how the kernel stands to it, and
 // gives its ruleset, nil when it cannot be had.
-func (s *statusJSON) applied(h *host, is *firewall.Snapshot) (*rules.Ruleset, error) {
+func (s *statusJSON) applied(h *host) (*rules.Ruleset, error) {
 	s.Policy = policyStatusJSON{State: policyUnknown, Changed: []fileJSON{}}
-	last, err := h.state.Settle(func() (*firewall.Snapshot, error) { return is, nil }, h.here)
+	last, err := h.state.Settle(h.look, h.here)
 	switch {
 	case errors.Is(err, firewall.ErrNoState):
 		s.Policy.State = policyNone
-		return nil, nil
+		return nil, s.uncompared(h)
 	case errors.Is(err, firewall.ErrStateDamaged), errors.Is(err, firewall.ErrStateVersion):
 		s.Notes = append(s.Notes, "what was last applied cannot be read: "+err.Error())
-		return nil, nil
+		return nil, s.uncompared(h)
 	case err != nil:
 		return nil, err
 	case h.elsewhere(last):
 		s.Notes = append(s.Notes, "the state in "+h.state.Dir()+" is of another network namespace and was not used")
-		return nil, nil
+		return nil, s.uncompared(h)
 	}
 	s.Policy.State, s.Policy.File, s.Policy.Applied = policyApplied, last.Policy, &last.Applied
 	s.Policy.Changed = append(s.Policy.Changed, changedFiles(last)...)
-	s.Kernel.Rebooted = last.Namespace.Gone(h.here)
+	h.conn.Known = h.state.Known(last)
+	is, changes, err := h.conn.Check(last.Snapshot, firewall.Samples)
+	if err != nil {
+		return nil, err
+	}
+	s.Kernel = kernelStatusJSON{Table: tableEqual, Generation: is.Generation.ID, Rebooted: last.Namespace.Gone(h.here)}
+	switch {
+	case !is.Present:
+		s.Kernel.Table = tableAbsent
+	case len(changes) > 0:
+		s.Kernel.Table, s.Kernel.Differences = tableDifferent, len(changes)
+	}
 	if !s.Kernel.Rebooted {
 		s.Kernel.Since = is.Generation.ID - last.Generation
-	}
-	if is.Present {
-		s.Kernel.Table, s.Kernel.Differences = tableEqual, len(firewall.Diff(is, last.Snapshot))
-		if s.Kernel.Differences > 0 {
-			s.Kernel.Table = tableDifferent
-		}
 	}
 	if s.Kernel.Since > 0 {
 		if s.Kernel.By, err = h.lastActor(last); err != nil {
@@ -187,6 +184,19 @@ func (s *statusJSON) applied(h *host, is *firewall.Snapshot) (*rules.Ruleset, er
 		return nil, nil
 	}
 	return rs, err
+}
+
+// uncompared says what the kernel holds when nothing says what it should.
+func (s *statusJSON) uncompared(h *host) error {
+	is, err := h.look()
+	if err != nil {
+		return err
+	}
+	s.Kernel = kernelStatusJSON{Table: tablePresent, Generation: is.Generation.ID}
+	if !is.Present {
+		s.Kernel.Table = tableAbsent
+	}
+	return nil
 }
 
 // meanings are the counters worth seeing: what was stopped. Those of finding
