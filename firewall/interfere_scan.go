@@ -293,11 +293,17 @@ func (ch *liveChain) leaving() bool {
 
 func (ch *liveChain) onward() bool { return ch.table.judges() && ch.hook == unix.NF_INET_FORWARD }
 
-func ruleName(r *liveRule) string {
-	if r.comment != "" {
-		return fmt.Sprintf("handle %d, %q", r.handle, r.comment)
+// ruleName writes a rule in the words of nft.
+func (t *liveTable) ruleName(r *liveRule) string {
+	words := newRuleWords(t.family)
+	for _, e := range r.exprs {
+		words.add(e)
 	}
-	return fmt.Sprintf("handle %d", r.handle)
+	words.finish()
+	if r.comment != "" {
+		words.say("comment %s", quoted(r.comment))
+	}
+	return fmt.Sprintf("%s (handle %d)", words.text(), r.handle)
 }
 
 // scan lists what a base chain can do. What the trial has found of it is not
@@ -307,7 +313,7 @@ func (f *findings) scan(ch *liveChain, tried bool) {
 	list := func(s Severity, kind string, r *liveRule, fact, advice string) {
 		i := Interference{Severity: s, Kind: kind, Where: t.where(ch.title), Fact: fact, Advice: advice}
 		if r != nil {
-			i.Rule = ruleName(r)
+			i.Rule = t.ruleName(r)
 			if advice == "" {
 				i.Advice = t.remedy(ch.title, r.handle)
 			}
@@ -370,7 +376,7 @@ func (f *findings) scanStops(ch *liveChain, e *chainEffects, tried bool, list fu
 	add := func(s Severity, unknown bool, fact, advice string) {
 		i := Interference{Severity: s, Unknown: unknown, Kind: "drop", Where: t.where(ch.title), Fact: fact, Advice: advice}
 		if rule != nil {
-			i.Rule = ruleName(rule)
+			i.Rule = t.ruleName(rule)
 		} else {
 			i.Rule = "policy drop"
 		}

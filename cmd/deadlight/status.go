@@ -38,8 +38,14 @@ says. Exit codes: 0 as the policy says, 1 findings, 3 could not tell.`,
 	}
 	dir := stateFlag(c)
 	c.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")
-	c.Flags().StringVar(&root, "root", "", "the root directory whose units and scripts are read")
+	c.Flags().StringVar(&root, "root", "", "the root directory whose units and scripts are read;\nsymbolic links are followed as they stand")
 	c.RunE = func(*cobra.Command, []string) error {
+		if root != "" {
+			// What is not there would be taken for a host without units.
+			if info, err := os.Stat(root); err != nil || !info.IsDir() {
+				return usageError("", "--root wants a directory: %s", root)
+			}
+		}
 		s, err := statusHere(*dir, root)
 		if err != nil {
 			return hostError(err, "deadlight status")
