@@ -57,10 +57,10 @@ type HostFiles struct {
 // judged is listed as such.
 //
 // Openings are tried with representative packets, the first of a flow and the
-// answer to it: every port of a range of up to
-// 128, a longer one cut where foreign rules name ports; one source of each list,
-// on each interface, in each family in which it has an address beyond the link. Without a ruleset no packet can be
-// tried, and chains that can drop are listed as not judged.
+// answer to it: every port of a range of up to 128, a longer one cut where
+// foreign rules name ports; one source of each list; on each interface, in each
+// family in which it has an address beyond the link. Without a ruleset no packet
+// can be tried, and chains that can drop are listed as not judged.
 //
 // Units count as enabled when systemd's directories say that another unit wants
 // or requires them, or such a unit pulls them in; what programs that are no
