@@ -47,7 +47,7 @@ func (w *elementWriter) all() {
 			w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
 		}
 	}
-	w.addresses(s.Addrs)
+	w.addresses(s.Addrs, s.Holds)
 	for i, n := range s.Names {
 		prefix, wild := strings.CutSuffix(n, "*")
 		end := after(ifnameKey(n))
@@ -69,32 +69,34 @@ func (w *elementWriter) all() {
 	w.flush()
 }
 
-// rangesPerMessage ranges of IPv6 addresses, the longest, fit into one message:
-// 28 bytes for the start and 36 for the end of each.
+// rangesPerMessage ranges of IPv6 addresses, the longest, fit into one message.
 const (
 	rangesPerMessage = 1000
-	rangeBytes       = 28 + 36
+	rangeBytes       = 2*12 + 8 // and two addresses
 )
 
-// addresses writes ranges of a set without targets. Of many the messages are
-// written only when they are sent.
-func (w *elementWriter) addresses(ranges []rules.AddrRange) {
-	if len(ranges) <= rangesPerMessage {
+// addresses writes ranges of a set without targets, those that wanted picks if it
+// is not nil. Of many the messages are written only when they are sent.
+func (w *elementWriter) addresses(ranges []rules.AddrRange, wanted func(rules.AddrRange) bool) {
+	write := func(w *elementWriter, ranges []rules.AddrRange) {
 		for _, r := range ranges {
-			w.addressRange(r)
+			if wanted == nil || wanted(r) {
+				w.addressRange(r)
+			}
 		}
+	}
+	if len(ranges) <= rangesPerMessage {
+		write(w, ranges)
 		return
 	}
 	w.flush()
 	for part := range slices.Chunk(ranges, rangesPerMessage) {
 		later := &elementWriter{table: w.table, set: w.set, left: w.left}
 		w.out = append(w.out, message{
-			typ: w.typ, flags: w.flags, what: w.what + " of set " + w.set.Name, size: len(part)*rangeBytes + 128,
+			typ: w.typ, flags: w.flags, what: w.what + " of set " + w.set.Name, size: len(part)*(rangeBytes+2*part[0].Lo.BitLen()/8) + 128,
 			write: func(b []byte) []byte {
 				later.begin(b)
-				for _, r := range part {
-					later.addressRange(r)
-				}
+				write(later, part)
 				later.end()
 				return later.buf
 			},
@@ -211,12 +213,10 @@ func appendElement(b, key []byte, flags uint32, target string, left time.Duratio
 
 // kernelCount is what the kernel counts of a set: of intervals their starts and
 // ends, halved.
-func kernelCount(s *rules.Set) int { return countOf(s, s.Addrs) }
-
-func countOf(s *rules.Set, ranges []rules.AddrRange) int {
-	n := len(ranges)
-	if n > 0 && s.Interval {
-		if _, ok := endOf(ranges[n-1].Hi); !ok {
+func kernelCount(s *rules.Set) int {
+	n := s.Len()
+	if last := len(s.Addrs) - 1; last >= 0 && s.Interval && s.Holds(s.Addrs[last]) {
+		if _, ok := endOf(s.Addrs[last].Hi); !ok {
 			n--
 		}
 	}

@@ -63,11 +63,11 @@ func (e *encoded) elements(table string, s *rules.Set) []message {
 	return w.out
 }
 
-// ranges gives the addresses that a set shall hold.
-func (e *encoded) ranges(set string) []rules.AddrRange {
+// content gives what a set shall hold.
+func (e *encoded) content(set string) *rules.Set {
 	for _, s := range e.sets {
 		if s.set.Name == set {
-			return s.set.Addrs
+			return s.set
 		}
 	}
 	return nil

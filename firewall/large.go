@@ -40,11 +40,11 @@ func (c *Conn) Check(wanted *Snapshot, samples int) (*Snapshot, []Difference, er
 		if err != nil {
 			return nil, nil, err
 		}
-		content := func(set string) []rules.AddrRange {
+		content := func(set string) *rules.Set {
 			if c.Known == nil {
 				return nil
 			}
-			return c.Known(set, wanted.sets[set].large.digest)
+			return &rules.Set{Name: set, Addrs: c.Known(set, wanted.sets[set].large.digest)}
 		}
 		diff, _, err := c.differences(is, wanted, content, samples)
 		if err != nil {
@@ -99,7 +99,7 @@ func (c *Conn) confirm(t *transaction) ([]Difference, error) {
 
 // differences is Diff, and a look into the large sets that seem equal; spoiled are
 // those that hold other elements than their mark says.
-func (c *Conn) differences(is, wanted *Snapshot, content func(set string) []rules.AddrRange, samples int) (out []Difference, spoiled map[string]bool, err error) {
+func (c *Conn) differences(is, wanted *Snapshot, content func(set string) *rules.Set, samples int) (out []Difference, spoiled map[string]bool, err error) {
 	out, spoiled = Diff(is, wanted), map[string]bool{}
 	if !is.Present || !wanted.Present {
 		return out, nil, nil
@@ -109,13 +109,13 @@ func (c *Conn) differences(is, wanted *Snapshot, content func(set string) []rule
 		if w.large == nil || s == nil || len(diffSets(name, s, w)) > 0 {
 			continue
 		}
-		ranges := content(name)
-		if len(ranges) == 0 {
+		set := content(name)
+		if set == nil || len(set.Addrs) == 0 {
 			continue
 		}
-		d, err := c.lookUp(name, w, sample(ranges, samples), true)
+		d, err := c.lookUp(name, w, draw(set, samples), true)
 		if err == nil && d == nil {
-			d, err = c.edges(name, w, ranges)
+			d, err = c.edges(name, w, set)
 		}
 		if err != nil {
 			return nil, nil, err
@@ -126,6 +126,21 @@ func (c *Conn) differences(is, wanted *Snapshot, content func(set string) []rule
 		out = append(out, d...)
 	}
 	return out, spoiled, nil
+}
+
+// draw draws n ranges of a set; all of them when n is negative or not smaller.
+func draw(s *rules.Set, n int) []rules.AddrRange {
+	const rare = 16 // of a small part of a long list it is cheaper to look for them
+	if s.Part == rules.Whole || n < 0 || n >= s.Len() || s.Len() < len(s.Addrs)/rare {
+		return sample(s.Ranges(), n)
+	}
+	out := make([]rules.AddrRange, 0, n)
+	for len(out) < n {
+		if r := s.Addrs[rand.IntN(len(s.Addrs))]; s.Holds(r) {
+			out = append(out, r)
+		}
+	}
+	return out
 }
 
 // sample draws n ranges; all of them when n is negative or not smaller.
@@ -141,9 +156,9 @@ func sample(ranges []rules.AddrRange, n int) []rules.AddrRange {
 }
 
 // edges looks at the one address whose range has no end for the kernel to count.
-func (c *Conn) edges(name string, set *setState, ranges []rules.AddrRange) ([]Difference, error) {
-	last := ranges[len(ranges)-1]
-	if _, ok := endOf(last.Hi); !ok || !set.is(unix.NFT_SET_INTERVAL) {
+func (c *Conn) edges(name string, set *setState, wanted *rules.Set) ([]Difference, error) {
+	last := wanted.Addrs[len(wanted.Addrs)-1]
+	if _, ok := endOf(last.Hi); !ok && wanted.Holds(last) || !set.is(unix.NFT_SET_INTERVAL) {
 		return nil, nil
 	}
 	top, _ := netip.AddrFromSlice(bytes.Repeat([]byte{0xff}, last.Hi.BitLen()/8))
@@ -157,7 +172,7 @@ func (c *Conn) lookUp(name string, set *setState, ranges []rules.AddrRange, pres
 	w := &elementWriter{table: rules.TableName, set: &rules.Set{Name: name, Interval: set.is(unix.NFT_SET_INTERVAL)}, typ: unix.NFT_MSG_GETSETELEM}
 	for ask := range slices.Chunk(ranges, batch) {
 		w.out = nil
-		w.addresses(ask)
+		w.addresses(ask, nil)
 		w.flush()
 		i := 0
 		wrong := -1

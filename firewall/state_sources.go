@@ -92,7 +92,7 @@ func KnownIn(table *rules.Table) func(set, digest string) []rules.AddrRange {
 				digests[set] = s.Digest()
 			}
 			if digests[set] == digest {
-				return s.Addrs
+				return s.Ranges()
 			}
 		}
 		return nil

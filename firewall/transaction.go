@@ -64,7 +64,7 @@ func (t *transaction) messages() []message {
 			out = append(out, t.want.elements(t.table, s.set)...)
 		case d != nil:
 			w := t.writer(s.set, unix.NFT_MSG_NEWSETELEM)
-			w.addresses(d.missing)
+			w.addresses(d.missing, nil)
 			w.flush()
 			out = append(out, w.out...)
 		default:
@@ -156,11 +156,11 @@ func (t *transaction) keepsLarge(name string, is, wanted *setState) bool {
 	}
 	old := t.known(name)
 	set := t.sets[name]
-	if old == nil || is.large.count >= 0 && is.large.count != countOf(set, old) {
+	if old == nil || is.large.count >= 0 && is.large.count != kernelCount(&rules.Set{Addrs: old, Interval: set.Interval}) {
 		return false
 	}
 	d := &largeDelta{}
-	d.gone, d.missing = rangeChanges(old, set.Addrs)
+	d.gone, d.missing = rangeChanges(old, set.Ranges())
 	t.delta[name] = d
 	return true
 }
@@ -226,7 +226,7 @@ func (t *transaction) removals() []message {
 		case goes(name):
 		case t.delta[name] != nil:
 			w := t.writer(t.sets[name], unix.NFT_MSG_DELSETELEM)
-			w.addresses(t.delta[name].gone)
+			w.addresses(t.delta[name].gone, nil)
 			w.flush()
 			out = append(out, w.out...)
 		case len(t.small[name][0]) > 0:

@@ -282,42 +282,23 @@ func namedSet(name string, v4 bool) string { return "set_" + name + "_" + family
 // their own: they are then looked up by hash, and come and go one by one.
 const splitFrom = 1024
 
-// parts are the addresses of a family as the kernel shall hold them.
-type parts struct{ wide, hosts []AddrRange }
+// parts says how many ranges of a family the kernel shall hold in which set.
+type parts struct{ wide, hosts int }
 
 // parts gives what a kernel set of this name would hold, split if it is long.
 func (c *compiler) parts(name string, ranges []AddrRange) parts {
 	if len(ranges) < splitFrom {
-		return parts{wide: ranges}
+		return parts{wide: len(ranges)}
 	}
 	p, ok := c.split[name]
 	if !ok {
-		p = split(ranges)
+		for i := range ranges {
+			if ranges[i].Lo == ranges[i].Hi {
+				p.hosts++
+			}
+		}
+		p.wide = len(ranges) - p.hosts
 		c.split[name] = p
-	}
-	return p
-}
-
-func split(ranges []AddrRange) parts {
-	single := 0
-	for i := range ranges {
-		if ranges[i].Lo == ranges[i].Hi {
-			single++
-		}
-	}
-	switch single {
-	case 0:
-		return parts{wide: ranges}
-	case len(ranges):
-		return parts{hosts: ranges}
-	}
-	p := parts{make([]AddrRange, 0, len(ranges)-single), make([]AddrRange, 0, single)}
-	for _, r := range ranges {
-		if r.Lo == r.Hi {
-			p.hosts = append(p.hosts, r)
-		} else {
-			p.wide = append(p.wide, r)
-		}
 	}
 	return p
 }
@@ -330,10 +311,10 @@ func hostsSet(name string) string { return name + "_hosts" }
 func (c *compiler) names(name string, ranges []AddrRange) []string {
 	var out []string
 	p := c.parts(name, ranges)
-	if len(p.wide) > 0 {
+	if p.wide > 0 {
 		out = append(out, name)
 	}
-	if len(p.hosts) > 0 {
+	if p.hosts > 0 {
 		out = append(out, hostsSet(name))
 	}
 	return out
@@ -350,12 +331,20 @@ func (c *compiler) addrSets(name string, v4 bool, ranges []AddrRange) {
 		t = TypeIPv4
 	}
 	p := c.parts(name, ranges)
-	if len(p.wide) > 0 {
-		interval := slices.ContainsFunc(p.wide, func(r AddrRange) bool { return r.Lo != r.Hi })
-		c.sets = append(c.sets, Set{Name: name, Type: t, Interval: interval, Addrs: p.wide})
+	if p.wide > 0 {
+		s := Set{Name: name, Type: t, Interval: true, Addrs: ranges, Part: Wide, part: p.wide}
+		if p.hosts == 0 {
+			s.Part = Whole
+			s.Interval = slices.ContainsFunc(ranges, func(r AddrRange) bool { return r.Lo != r.Hi })
+		}
+		c.sets = append(c.sets, s)
 	}
-	if len(p.hosts) > 0 {
-		c.sets = append(c.sets, Set{Name: hostsSet(name), Type: t, Addrs: p.hosts})
+	if p.hosts > 0 {
+		s := Set{Name: hostsSet(name), Type: t, Addrs: ranges, Part: Hosts, part: p.hosts}
+		if p.wide == 0 {
+			s.Part = Whole
+		}
+		c.sets = append(c.sets, s)
 	}
 }
 

@@ -46,6 +46,9 @@ func (s *Set) Digest() string {
 	b = append(b, byte(s.Type), interval)
 	b = binary.BigEndian.AppendUint64(b, uint64(s.Len()))
 	for i := range s.Addrs {
+		if !s.Holds(s.Addrs[i]) {
+			continue
+		}
 		b = appendAddr(appendAddr(b, s.Addrs[i].Lo), s.Addrs[i].Hi)
 		flush(full)
 	}

@@ -77,12 +77,12 @@ ip6 saddr @set_long_6_hosts counter name "open_a" accept comment "open a"
 		if !wide.Interval || hosts.Interval || !short.Interval || wide.Size() != 0 || short.Size() != 0 {
 			t.Errorf("IPv%s: ranges %v %d, hosts %v, short %v %d", family, wide.Interval, wide.Size(), hosts.Interval, short.Interval, short.Size())
 		}
-		all := mergeAddrs(slices.Concat(wide.Addrs, hosts.Addrs))
-		if want := ofFamily(rs.Policy.Set("long").Ranges, family == "4"); !slices.Equal(all, want) || len(wide.Addrs) != len(hosts.Addrs) {
-			t.Errorf("IPv%s: %d ranges and %d hosts of %d", family, len(wide.Addrs), len(hosts.Addrs), len(want))
+		all := mergeAddrs(slices.Concat(wide.Ranges(), hosts.Ranges()))
+		if want := ofFamily(rs.Policy.Set("long").Ranges, family == "4"); !slices.Equal(all, want) || wide.Len() != hosts.Len() {
+			t.Errorf("IPv%s: %d ranges and %d hosts of %d", family, wide.Len(), hosts.Len(), len(want))
 		}
 	}
-	if sets["set_short_4_hosts"] != nil || len(sets["set_short_4"].Addrs) != splitFrom-2 {
+	if sets["set_short_4_hosts"] != nil || sets["set_short_4"].Len() != splitFrom-2 {
 		t.Error("a short list was split")
 	}
 }
@@ -301,7 +301,7 @@ func TestSplitSetsHoldWhatTheModelSays(t *testing.T) {
 		held := false
 		for _, rule := range findChain(t, rs, "open_a").Rules {
 			m := rule.Exprs[0].(MatchSet)
-			held = held || inRanges(sets[m.Set].Addrs, src)
+			held = held || inRanges(sets[m.Set].Ranges(), src)
 		}
 		got := rs.Decide(packet).Outcome == OutcomeOpen
 		if got {

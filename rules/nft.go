@@ -145,7 +145,7 @@ func (s *Set) Elements() []string {
 	for _, p := range s.Ports {
 		out = append(out, p.String())
 	}
-	for _, a := range s.Addrs {
+	for _, a := range s.Ranges() {
 		out = append(out, a.String())
 	}
 	for _, n := range s.Names {

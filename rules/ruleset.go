@@ -57,16 +57,50 @@ type Set struct {
 	Type     SetType
 	Interval bool        // an element may span more than one key
 	Ports    []PortRange // TypePort
-	Addrs    []AddrRange // TypeIPv4, TypeIPv6
-	Names    []string    // TypeIfname; a * at the end makes a prefix
-	Codes    []uint32    // TypeICMP, TypeICMPv6, TypeFibAddr, TypeProtocol, TypeNfproto
-	Targets  []string    // of a verdict map: the chain each element jumps to
+	Addrs    []AddrRange // TypeIPv4, TypeIPv6; of a split set see Part
+	Part     Part
+	Names    []string // TypeIfname; a * at the end makes a prefix
+	Codes    []uint32 // TypeICMP, TypeICMPv6, TypeFibAddr, TypeProtocol, TypeNfproto
+	Targets  []string // of a verdict map: the chain each element jumps to
 	// Until is when the elements vanish by themselves; zero: never.
 	Until time.Time
 	// Meter is a set that packets fill, of at most MeterSize sources, each
 	// forgotten when it was not seen for MeterTimeout (0: never by time).
 	Meter        bool
 	MeterTimeout time.Duration
+
+	part int // how many of Addrs are of the Part
+}
+
+// Part says which of its Addrs a set holds: a long list is split between two sets
+// that share it, ranges in the one and single addresses in the other.
+type Part uint8
+
+// The parts.
+const (
+	Whole Part = iota
+	Wide       // those that span more than one address
+	Hosts      // single addresses
+)
+
+// Holds reports whether one of Addrs is in the set.
+func (s *Set) Holds(r AddrRange) bool {
+	return s.Part == Whole || (r.Lo == r.Hi) == (s.Part == Hosts)
+}
+
+// Ranges gives the addresses that the set holds, ascending: Addrs, or of a split
+// set a copy.
+func (s *Set) Ranges() []AddrRange {
+	if s.Part == Whole {
+		return s.Addrs
+	}
+	out := make([]AddrRange, 0, s.part)
+	for _, r := range s.Addrs {
+		if s.Holds(r) {
+			out = append(out, r)
+		}
+	}
+	return out
 }
 
 // MeterSize is how many sources a meter holds. A full one admits nobody new.
@@ -79,7 +113,12 @@ type Limit struct {
 }
 
 // Len counts the elements.
-func (s *Set) Len() int { return len(s.Ports) + len(s.Addrs) + len(s.Names) + len(s.Codes) }
+func (s *Set) Len() int {
+	if s.Part != Whole {
+		return s.part
+	}
+	return len(s.Ports) + len(s.Addrs) + len(s.Names) + len(s.Codes)
+}
 
 // sizedFrom is the number of elements from which a hash set declares its size.
 const sizedFrom = 1024
