@@ -98,3 +98,14 @@ func KnownIn(table *rules.Table) func(set, digest string) []rules.AddrRange {
 		return nil
 	}
 }
+
+// HoldsLarge reports whether a table has sets too large to be read back: only
+// [Conn.Check] looks into them.
+func (s *Snapshot) HoldsLarge() bool {
+	for _, set := range s.sets {
+		if set.large != nil {
+			return true
+		}
+	}
+	return false
+}

@@ -504,9 +504,23 @@ func TestStateFullAndReadOnlyDisk(t *testing.T) {
 	for size := 1 << 20; size > 0; size -= 4096 {
 		err := s.Stage(recordOf(t, others, NewSource("list.txt", []byte(strings.Repeat("x", size)))))
 		if err == nil {
+			// No room is left for the index after the kernel has taken it: it is still staged.
+			filler := filepath.Join(dir, "filler")
+			if err := os.WriteFile(filler, make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+				t.Fatal(err)
+			}
+			left = entries(t, dir, "")
+			tell("full disk at the end", s.Commit(9), unix.ENOSPC)
+			if _, err := s.Next(); err != nil {
+				t.Errorf("what was staged is lost: %v", err)
+			}
+			if err := os.Remove(filler); err != nil {
+				t.Fatal(err)
+			}
 			if err := s.Discard(); err != nil {
 				t.Fatal(err)
 			}
+			left = entries(t, dir, "")
 			break
 		}
 		tell(fmt.Sprintf("full disk, %d bytes", size), err, unix.ENOSPC)

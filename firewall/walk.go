@@ -364,6 +364,10 @@ func hookName(h uint32) string {
 		return "input"
 	case unix.NF_INET_FORWARD:
 		return "forward"
+	case unix.NF_INET_LOCAL_OUT:
+		return "output"
+	case unix.NF_INET_POST_ROUTING:
+		return "postrouting"
 	}
 	return fmt.Sprintf("hook %d", h)
 }

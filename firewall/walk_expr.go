@@ -57,6 +57,8 @@ func (r *ruleRun) eval(e liveExpr) {
 		r.outside(fmt.Sprintf("a program decides (queue %d)", be16(attrOf(e.data, unix.NFTA_QUEUE_NUM))))
 	case "synproxy":
 		r.outside("synproxy answers")
+	case "fwd":
+		r.outside("sent out by another interface (fwd)")
 	case "counter", "log", "last", "dup", "flow_offload":
 		// They see the packet and leave it alone.
 	case "match":
@@ -162,14 +164,14 @@ func (w *walker) metaValue(key uint32) (bits, bool) {
 		return w.p.outIndex, true
 	case unix.NFT_META_OIFGROUP, unix.NFT_META_OIFTYPE:
 		// Without an outgoing device they end the rule.
-		return blank(4, "the outgoing interface"), w.hk == unix.NF_INET_FORWARD
+		return blank(4, "the outgoing interface"), w.hk >= unix.NF_INET_FORWARD
 	case unix.NFT_META_MARK:
 		return w.p.mark, true
 	case unix.NFT_META_NFTRACE:
 		return assumed([]byte{0}, "meta nftrace", asNumber, "the packet is not traced"), true
 	case unix.NFT_META_SKUID, unix.NFT_META_SKGID:
 		// No socket is known to the first packet of a flow.
-		return blank(4, "the owner of a socket"), w.packet.Flow != rules.NewFlow && w.hk == unix.NF_INET_LOCAL_IN
+		return blank(4, "the owner of a socket"), w.packet.Flow != rules.NewFlow && w.hk == unix.NF_INET_LOCAL_IN || w.hk >= unix.NF_INET_LOCAL_OUT
 	case unix.NFT_META_PKTTYPE:
 		if a, ok := addressIn(w.p.dst()); ok {
 			switch w.addrType(a, false) {

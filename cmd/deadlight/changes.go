@@ -183,6 +183,9 @@ func (c changeJSON) print(w io.Writer) {
 	line := c.Kind + " " + strings.TrimSuffix(c.Name, ` ("")`) // of a rule without a comment
 	if text := arrow(c.Before, c.After); text != "" && !strings.HasPrefix(c.Name, text+" of set ") {
 		line += ": " + text
+		if c.Action == "change" && c.Before == c.After {
+			line += " (the words are the same, the bytes are not)"
+		}
 	}
 	if c.ByHand {
 		line += "  made by hand" + by(c.By)

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -86,17 +88,32 @@ func driftHere(dir string) (_ *driftJSON, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
-	last, err := h.state.Settle(h.look, h.here)
-	if err != nil {
+	// The kernel and the record are read side by side: each takes its time with ten
+	// thousand rules.
+	type settled struct {
+		last *firewall.Record
+		err  error
+	}
+	look, done := sync.OnceValues(h.look), make(chan settled, 1)
+	go func() {
+		last, err := h.state.Settle(look, h.here)
+		done <- settled{last, err}
+	}()
+	is, lookErr := look()
+	record := <-done
+	if err := cmp.Or(record.err, lookErr); err != nil {
 		return nil, err
 	}
+	last := record.last
 	if h.elsewhere(last) {
 		return nil, refused(fmt.Errorf("the state in %s is of another network namespace: could not tell", h.state.Dir()), "deadlight apply")
 	}
-	h.conn.Known = h.state.Known(last)
-	is, changes, err := h.conn.Check(last.Snapshot, firewall.Samples)
-	if err != nil {
-		return nil, err
+	changes := firewall.Diff(is, last.Snapshot)
+	if last.Snapshot.HoldsLarge() {
+		h.conn.Known = h.state.Known(last)
+		if is, changes, err = h.conn.Check(last.Snapshot, firewall.Samples); err != nil {
+			return nil, err
+		}
 	}
 	d := &driftJSON{
 		Schema: 1, Policy: last.Policy, Applied: last.Applied, Generation: is.Generation.ID, AppliedGen: last.Generation,
@@ -176,7 +193,7 @@ func changedFiles(r *firewall.Record) []fileJSON {
 
 // print renders the drift for people.
 func (d *driftJSON) print(w io.Writer) {
-	when := d.Applied.Local().Format("2006-01-02 15:04:05")
+	when := d.Applied.Local().Format(time.DateTime)
 	if !d.Drift {
 		printf(w, "No drift: the kernel holds what was applied at %s from %s, generation %d\n", when, oneLine(d.Policy), d.Generation)
 		return

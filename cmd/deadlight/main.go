@@ -14,6 +14,11 @@ import (
 )
 
 func main() {
+	// A command is over before it has to save memory: with the default, half of the
+	// time that a list of a million lines takes goes into collections.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(400)
+	}
 	os.Exit(run(os.Args[1:], env{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}))
 }
 

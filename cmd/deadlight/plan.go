@@ -27,7 +27,8 @@ func newPlanCommand(e env) *cobra.Command {
 		Long: `Compares a policy with the table that the kernel holds, and changes nothing.
 Above stand the rules that come (+), go (-) or change (~); what neither the policy
 nor the last applied one explains was changed by hand. Below stand the ports as
-seen from outside, with the processes that listen on them.
+seen from outside, with the processes that listen on them, and what beside
+Deadlight bears on the policy (deadlight status --help).
 
 When the kernel holds what was last applied, that policy says who reached a port
 before; else the running rules are asked what they do to a stranger.
@@ -57,6 +58,8 @@ type planJSON struct {
 	Changes    []changeJSON     `json:"changes"` // every difference of the tables
 	Ports      []portJSON       `json:"ports"`
 	Notes      []string         `json:"notes"`
+	// Interference is what beside Deadlight bears on the policy.
+	Interference []interferenceJSON `json:"interference"`
 
 	shown []changeJSON // those that no rule of the policy stands for
 }
@@ -103,10 +106,16 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 		Schema: 1, Policy: file, Baseline: baseApplied,
 		Rules: []ruleChangeJSON{}, Changes: []changeJSON{}, Ports: []portJSON{}, Notes: []string{},
 	}
+	beside, err := h.conn.Interference(rs, h.conn.HostFiles())
+	if err != nil {
+		return nil, err
+	}
+	p.Interference = interferences(beside)
 	last, old, err := h.lastApplied(p)
 	if err != nil {
 		return nil, err
 	}
+	// For the large sets of the policy; nothing is sent that the old ones could spare.
 	h.conn.Known = firewall.KnownIn(&rs.Table)
 	is, changes, err := h.conn.Check(want, firewall.Samples)
 	if err != nil {
@@ -118,6 +127,9 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	}
 	before := &portsBefore{}
 	switch {
+	case !is.Present && last != nil && last.Namespace.Is(h.here):
+		p.Notes = append(p.Notes, "the table that was applied at "+last.Applied.Local().Format(time.DateTime)+" was taken away since")
+		fallthrough
 	case !is.Present:
 		p.Baseline, old = baseNone, nil // of what was applied nothing is in force
 	case last == nil || old == nil || len(firewall.Diff(is, last.Snapshot)) > 0:
@@ -323,6 +335,7 @@ func (p *planJSON) partly(rule string) bool {
 // print renders the plan for people.
 func (p *planJSON) print(out io.Writer, all bool) error {
 	defer func() {
+		printInterferences(out, p.Interference)
 		for _, n := range p.Notes {
 			printf(out, "note: %s\n", oneLine(n))
 		}

@@ -54,7 +54,7 @@ touched), 3 refused or could not tell (ruleset as before), 130 interrupted.`,
 		newCheckCommand(e), newExplainCommand(e), newShowCommand(e),
 		newTryCommand(e),
 		newPlanCommand(e), newApplyCommand(e), newRemoveCommand(e),
-		newDriftCommand(e), newWatchCommand(e), newVerifyCommand(e),
+		newStatusCommand(e), newDriftCommand(e), newWatchCommand(e), newVerifyCommand(e),
 		newVersionCommand(e),
 		newPolicyTopic(),
 	)
