@@ -217,18 +217,3 @@ func TestActor(t *testing.T) {
 		t.Errorf("a process that is gone: %+v", a)
 	}
 }
-
-func TestCounters(t *testing.T) {
-	inNamespace(t, func(t *testing.T) {
-		c := dial(t)
-		if n, err := c.Counters(rules.TableName); err != nil || len(n) != 0 {
-			t.Errorf("counters of no table: %v, %v", n, err)
-		}
-		nft(t, `add table inet deadlight { counter a { packets 3 bytes 1000; }; counter b { }; quota q { over 1 mbytes; }; }`)
-		nft(t, `add table inet other { counter a { packets 9 bytes 9; }; }`)
-		n, err := c.Counters(rules.TableName)
-		if err != nil || len(n) != 2 || n["a"] != (Counter{3, 1000}) || n["b"] != (Counter{}) {
-			t.Errorf("counters = %v, %v", n, err)
-		}
-	})
-}
