@@ -71,6 +71,7 @@ func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources) (
 		return res, err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
+	h.conn.Hush = h.hush(e)
 	last, err := h.state.Settle(h.look, h.here)
 	switch {
 	case errors.Is(err, firewall.ErrStateDamaged):

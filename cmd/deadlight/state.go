@@ -73,6 +73,31 @@ func (h *host) close() error {
 // look reads the table.
 func (h *host) look() (*firewall.Snapshot, error) { return h.conn.Snapshot(rules.TableName) }
 
+// hush waits until nobody listens for nftables events, which a watch of ours stops
+// doing when it is asked to; of others it warns.
+func (h *host) hush(e env) func(elements int) (func() error, error) {
+	return func(elements int) (func() error, error) {
+		done, err := h.state.Hush()
+		if err != nil {
+			return nil, err
+		}
+		for end := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
+			list, err := firewall.Listeners()
+			if err != nil {
+				return nil, errors.Join(err, done())
+			}
+			if len(list) == 0 {
+				return done, nil
+			}
+			if time.Now().After(end) {
+				printf(e.stderr, "deadlight: warning: %s (pid %d) listens for nftables events: the kernel makes one of each of %d elements, which takes many times longer and about %d MB until then\n",
+					oneLine(list[0].Comm), list[0].PID, elements, elements*12/1000)
+				return done, nil
+			}
+		}
+	}
+}
+
 // elsewhere reports whether a record is of another namespace that may live
 // beside this one: not of this one, and not of one that ended with its boot.
 func (h *host) elsewhere(r *firewall.Record) bool {
