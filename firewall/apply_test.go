@@ -189,7 +189,7 @@ func TestApplyMovedBaseChain(t *testing.T) {
 		}
 		nft(t, "-f", file)
 		res := mustApply(t, c, rs)
-		if !slices.Contains(res.Changed, Difference{"change", "chain", "gate"}) {
+		if !slices.ContainsFunc(res.Changed, func(d Difference) bool { return d.Action == "change" && d.Kind == "chain" && d.Name == "gate" }) {
 			t.Errorf("changes = %v, want the chain gate among them", res.Changed)
 		}
 		if !strings.Contains(listTable(t), "hook prerouting priority dstnat - 10") {

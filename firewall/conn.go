@@ -9,11 +9,18 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"deadlight/rules"
 )
 
 // Conn is a netlink socket in one network namespace. It is not for concurrent
 // use.
 type Conn struct {
+	// Known gives, ascending, the addresses of a large set by its name and the
+	// digest of its content, or nil: what was applied last. With it a changed list
+	// is sent as its changes, and a check can look elements up. It may be nil.
+	Known func(set, digest string) []rules.AddrRange
+
 	fd  int
 	ns  *os.File // kept open: a freed fd number could come to mean another namespace
 	seq uint32

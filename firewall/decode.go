@@ -3,16 +3,15 @@ package firewall
 import (
 	"bytes"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
-	"sort"
 	"strings"
 	"time"
 
-	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
+
+	"deadlight/rules"
 )
 
 // Snapshot is what a table holds, in a form in which two tables that judge alike
@@ -24,9 +23,9 @@ type Snapshot struct {
 	Generation Generation
 	Present    bool
 	at         time.Time // when it was read
-	table      string
-	chains     map[string]chainState
-	sets       map[string]setState
+	table      string    // this and what follows: canonical attributes
+	chains     map[string]*chainState
+	sets       map[string]*setState
 	objects    map[string]objectState // by kind and name
 	flowtables map[string]string
 }
@@ -36,121 +35,96 @@ type chainState struct {
 	base       bool
 	anonymous  bool   // it ends with the rule that jumps to it
 	hook       string // what cannot change in place
-	rules      []ruleState
-}
-
-type ruleState struct {
-	comment string
-	raw     string // canonical attributes
+	rules      []string
 }
 
 type setState struct {
 	definition string
-	anonymous  bool
-	constant   bool
-	meter      bool     // filled by packets: its elements are no part of a ruleset
-	elements   []string // canonical, sorted
+	flags      uint32 // NFT_SET_*
+	count      int    // of elements, as the kernel counts them; -1: it does not say (before Linux 6.14)
+	elements   []element
+	// large is set instead of elements when there are too many to dump.
+	large *largeState
 	// first and last say when elements vanish by themselves; zero: none does.
 	first, last time.Time
 }
 
+// largeState stands for the elements of a large set.
+type largeState struct {
+	digest string // of [rules.Set.Digest]; "" when the table does not say
+	count  int    // of setState
+}
+
+// element is an element of a set, in an interval set from its start to its end.
+type element struct {
+	start, end string // canonical attributes; end is "" where there is none
+	vanishes   bool
+}
+
+func (s *setState) is(flag uint32) bool { return s.flags&flag != 0 }
+
 type objectState struct {
 	name string
 	typ  uint32 // NFT_OBJECT_*
-	data string // of a limit; what others hold is counts
+	data string // but of a counter, which holds counts only
 }
 
 func newSnapshot() *Snapshot {
 	return &Snapshot{
-		chains: map[string]chainState{}, sets: map[string]setState{},
+		chains: map[string]*chainState{}, sets: map[string]*setState{},
 		objects: map[string]objectState{}, flowtables: map[string]string{},
 	}
 }
 
-// Attributes that say nothing about what a table does: where it sits, what the
-// kernel counts, what a transaction numbers.
-
-func skipTable() []uint16 {
-	// The comment cannot change in place, and judges nothing.
-	return []uint16{unix.NFTA_TABLE_NAME, unix.NFTA_TABLE_USE, nftaTableHandle, nftaTableUserdata}
+func (s *Snapshot) chain(name string) *chainState {
+	if s.chains[name] == nil {
+		s.chains[name] = &chainState{}
+	}
+	return s.chains[name]
 }
 
-func skipChain() []uint16 {
-	return []uint16{unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, unix.NFTA_CHAIN_HANDLE, unix.NFTA_CHAIN_USE,
-		unix.NFTA_CHAIN_COUNTERS, nftaChainFlags, nftaChainID, nftaChainUserdata}
+func (s *Snapshot) set(name string) *setState {
+	if s.sets[name] == nil {
+		s.sets[name] = &setState{}
+	}
+	return s.sets[name]
 }
-
-func skipRule() []uint16 {
-	return []uint16{unix.NFTA_RULE_TABLE, unix.NFTA_RULE_CHAIN, unix.NFTA_RULE_HANDLE, unix.NFTA_RULE_POSITION, nftaRuleID}
-}
-
-func skipSet() []uint16 {
-	// The length of the data follows from its type, and of a verdict it is the kernel's own affair.
-	return []uint16{unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, unix.NFTA_SET_DATA_LEN, nftaSetHandle, unix.NFTA_SET_ID, nftaSetType, nftaSetCount}
-}
-
-// Newer than golang.org/x/sys knows them (uapi/linux/netfilter/nf_tables.h).
-const (
-	nftaTableHandle   = 4
-	nftaTableUserdata = 6
-	nftaChainFlags    = 10
-	nftaChainID       = 11
-	nftaChainUserdata = 12
-	nftChainBinding   = 1 << 2
-	nftaRuleID        = 9
-	nftaSetHandle     = 16
-	nftaSetType       = 19
-	nftaSetCount      = 20
-	nftaSetElemKeyEnd = 10
-	nftaFlowTable     = 1
-	nftaFlowName      = 2
-)
 
 // add takes one NEW* message into the snapshot.
 func (s *Snapshot) add(typ uint16, attrs []byte) error {
-	get := func(t uint16) []byte {
-		for k, v := range attributes(attrs) {
-			if k == t {
-				return v
-			}
-		}
-		return nil
-	}
+	form := func(b []byte, sh shape) string { return string(canonical(nil, b, sh)) }
 	switch typ {
 	case unix.NFT_MSG_NEWTABLE:
 		s.Present = true
-		s.table = canonical(attrs, skipTable(), nil)
+		s.table = form(attrs, tableShape)
 	case unix.NFT_MSG_NEWCHAIN:
-		name := cString(get(unix.NFTA_CHAIN_NAME))
-		ch := s.chains[name]
-		ch.definition = canonical(attrs, skipChain(), chainShape())
-		ch.anonymous = be32(get(nftaChainFlags))&nftChainBinding != 0
-		if hook := get(unix.NFTA_CHAIN_HOOK); hook != nil {
+		ch := s.chain(attrText(attrs, unix.NFTA_CHAIN_NAME))
+		ch.definition = form(attrs, chainShape)
+		ch.anonymous = attrNumber(attrs, nftaChainFlags)&nftChainBinding != 0
+		if hook := attrOf(attrs, unix.NFTA_CHAIN_HOOK); hook != nil {
 			ch.base = true
-			ch.hook = canonical(hook, nil, nil) + " " + cString(get(unix.NFTA_CHAIN_TYPE))
+			ch.hook = form(hook, hookShape) + attrText(attrs, unix.NFTA_CHAIN_TYPE)
 		}
-		s.chains[name] = ch
 	case unix.NFT_MSG_NEWRULE:
-		name := cString(get(unix.NFTA_RULE_CHAIN))
-		ch := s.chains[name]
-		comment, _ := comment(get(unix.NFTA_RULE_USERDATA))
-		ch.rules = append(ch.rules, ruleState{comment, canonicalRule(attrs)})
-		s.chains[name] = ch
+		ch := s.chain(attrText(attrs, unix.NFTA_RULE_CHAIN))
+		ch.rules = append(ch.rules, form(attrs, ruleShape))
 	case unix.NFT_MSG_NEWSET:
-		name := cString(get(unix.NFTA_SET_NAME))
-		set := s.sets[name]
-		set.definition = canonical(attrs, skipSet(), setShape())
-		flags := be32(get(unix.NFTA_SET_FLAGS))
-		set.anonymous, set.meter = flags&unix.NFT_SET_ANONYMOUS != 0, flags&unix.NFT_SET_EVAL != 0
-		set.constant = flags&unix.NFT_SET_CONSTANT != 0
-		s.sets[name] = set
+		set := s.set(attrText(attrs, unix.NFTA_SET_NAME))
+		set.definition = form(attrs, setShape)
+		set.flags = attrNumber(attrs, unix.NFTA_SET_FLAGS)
+		set.count = -1
+		if count := attrOf(attrs, nftaSetCount); count != nil {
+			set.count = int(be32(count))
+		}
+		if set.count > rules.LargeSet {
+			set.large = &largeState{count: set.count}
+		}
 	case unix.NFT_MSG_NEWSETELEM:
-		name := cString(get(unix.NFTA_SET_ELEM_LIST_SET))
-		set := s.sets[name]
-		for _, el := range attributes(get(unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
-			text := canonical(el, []uint16{unix.NFTA_SET_ELEM_TIMEOUT, unix.NFTA_SET_ELEM_EXPIRATION}, elementShape())
+		set := s.set(attrText(attrs, unix.NFTA_SET_ELEM_LIST_SET))
+		for _, el := range attributes(attrOf(attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
+			e := element{start: form(el, elementShape)}
 			if left := timeLeft(el); left > 0 {
-				text += "vanishes"
+				e.vanishes = true
 				end := s.at.Add(left)
 				if set.first.IsZero() || end.Before(set.first) {
 					set.first = end
@@ -159,17 +133,16 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 					set.last = end
 				}
 			}
-			set.elements = append(set.elements, text)
+			set.elements = append(set.elements, e)
 		}
-		s.sets[name] = set
 	case unix.NFT_MSG_NEWOBJ:
-		o := objectState{name: cString(get(unix.NFTA_OBJ_NAME)), typ: be32(get(unix.NFTA_OBJ_TYPE))}
-		if o.typ == unix.NFT_OBJECT_LIMIT {
-			o.data = canonical(get(unix.NFTA_OBJ_DATA), nil, nil)
+		o := objectState{name: attrText(attrs, unix.NFTA_OBJ_NAME), typ: attrNumber(attrs, unix.NFTA_OBJ_TYPE)}
+		if o.typ != unix.NFT_OBJECT_COUNTER {
+			o.data = form(attrOf(attrs, unix.NFTA_OBJ_DATA), flatShape)
 		}
 		s.objects[objectKind(o.typ)+" "+o.name] = o
 	case unix.NFT_MSG_NEWFLOWTABLE:
-		s.flowtables[cString(get(nftaFlowName))] = "flowtable"
+		s.flowtables[attrText(attrs, nftaFlowName)] = "flowtable"
 	default:
 		return fmt.Errorf("read the ruleset: unexpected message %d", typ)
 	}
@@ -205,128 +178,78 @@ func objectKind(typ uint32) string {
 	return fmt.Sprintf("object of type %d", typ)
 }
 
-// finish sorts what has no order.
+func (e element) key() string {
+	return string(attrOf(attrOf([]byte(e.start), unix.NFTA_SET_ELEM_KEY), unix.NFTA_DATA_VALUE))
+}
+
+// isEnd reports whether the element only ends the interval before it.
+func (e element) isEnd() bool {
+	return attrNumber([]byte(e.start), unix.NFTA_SET_ELEM_FLAGS)&unix.NFT_SET_ELEM_INTERVAL_END != 0
+}
+
+// finish sorts what has no order, and joins the starts and ends of intervals.
 func (s *Snapshot) finish() {
 	for _, set := range s.sets {
-		sort.Strings(set.elements)
-	}
-}
-
-// comment reads a rule's comment; ok is false for user data that is broken.
-func comment(udata []byte) (string, bool) {
-	for len(udata) >= 2 {
-		n := int(udata[1])
-		if 2+n > len(udata) {
-			return "", false
+		type keyed struct {
+			element
+			key string
+			end bool
 		}
-		if userdata.Type(udata[0]) == userdata.TypeComment {
-			return cString(udata[2 : 2+n]), true
+		list := make([]keyed, len(set.elements))
+		for i, e := range set.elements {
+			list[i] = keyed{e, e.key(), e.isEnd()}
 		}
-		udata = udata[2+n:]
-	}
-	return "", true
-}
-
-// shape tells which attributes hold attributes again. The kernel dumps them
-// without NLA_F_NESTED, so only knowledge can tell them from plain bytes.
-type shape map[uint16]shape
-
-func dataShape() shape { return shape{unix.NFTA_DATA_VERDICT: {}} }
-
-func chainShape() shape { return shape{unix.NFTA_CHAIN_HOOK: {}} }
-
-func setShape() shape { return shape{unix.NFTA_SET_DESC: {}} }
-
-func elementShape() shape {
-	return shape{unix.NFTA_SET_ELEM_KEY: dataShape(), unix.NFTA_SET_ELEM_DATA: dataShape(), nftaSetElemKeyEnd: dataShape()}
-}
-
-// exprShape knows the expressions that Deadlight writes; all others are bytes.
-func exprShape(name string) shape {
-	switch name {
-	case "cmp":
-		return shape{unix.NFTA_CMP_DATA: dataShape()}
-	case "bitwise":
-		return shape{unix.NFTA_BITWISE_MASK: dataShape(), unix.NFTA_BITWISE_XOR: dataShape()}
-	case "immediate":
-		return shape{unix.NFTA_IMMEDIATE_DATA: dataShape()}
-	case "dynset":
-		return shape{unix.NFTA_DYNSET_EXPR: {unix.NFTA_EXPR_DATA: {}}}
-	}
-	return nil
-}
-
-// canonical writes attributes sorted by type, plain bytes as hex. An attribute
-// of zero bytes only is left out: the kernel treats it like an absent one, and
-// dumps some that nobody sent.
-func canonical(b []byte, skip []uint16, sh shape) string {
-	return canonicalAttrs(b, skip, sh, false)
-}
-
-func canonicalAttrs(b []byte, skip []uint16, sh shape, keepZeros bool) string {
-	type item struct {
-		typ  uint16
-		text string
-	}
-	var items []item
-	for t, v := range attributes(b) {
-		if slices.Contains(skip, t) {
-			continue
-		}
-		if inner, nested := sh[t]; nested {
-			if text := canonical(v, nil, inner); text != "" {
-				items = append(items, item{t, "{" + text + "}"})
+		slices.SortFunc(list, func(a, b keyed) int {
+			if c := strings.Compare(a.key, b.key); c != 0 {
+				return c
 			}
-		} else if keepZeros || len(bytes.Trim(v, "\x00")) > 0 {
-			items = append(items, item{t, hex.EncodeToString(v)})
-		}
-	}
-	sort.SliceStable(items, func(i, j int) bool { return items[i].typ < items[j].typ })
-	var out strings.Builder
-	for _, i := range items {
-		fmt.Fprintf(&out, "%d:%s ", i.typ, i.text)
-	}
-	return out.String()
-}
-
-// canonicalRule keeps the order of a rule's expressions. Counts of inline
-// counters, quotas and the like stand in the payload of an expression; Deadlight
-// writes none, so any is a difference.
-func canonicalRule(attrs []byte) string {
-	var out strings.Builder
-	for t, v := range attributes(attrs) {
-		if t != unix.NFTA_RULE_EXPRESSIONS {
-			continue
-		}
-		for _, e := range attributes(v) {
-			var name string
-			var data []byte
-			for t, v := range attributes(e) {
-				switch t {
-				case unix.NFTA_EXPR_NAME:
-					name = cString(v)
-				case unix.NFTA_EXPR_DATA:
-					data = v
+			if a.end != b.end { // an interval ends before the next begins
+				if a.end {
+					return -1
 				}
+				return 1
 			}
-			// Group 0 and level 0 of a log are two different things.
-			fmt.Fprintf(&out, "[%s %s]", name, canonicalAttrs(data, nil, exprShape(name), name == "log"))
+			return strings.Compare(a.start, b.start)
+		})
+		out := set.elements[:0]
+		for _, e := range list {
+			if n := len(out) - 1; set.is(unix.NFT_SET_INTERVAL) && e.end && n >= 0 && out[n].end == "" && !out[n].isEnd() {
+				out[n].end = e.start
+				continue
+			}
+			out = append(out, e.element)
 		}
+		set.elements = out
 	}
-	return out.String() + canonical(attrs, append(skipRule(), unix.NFTA_RULE_EXPRESSIONS), nil)
 }
 
-// snapshotOf says what a table will hold once the messages are committed.
-func snapshotOf(msgs []message, now time.Time) (*Snapshot, error) {
+// meant says what a table will hold once it is loaded at now.
+func meant(e *encoded, now time.Time) (*Snapshot, error) {
 	s := newSnapshot()
 	s.at = now
-	for _, m := range msgs {
+	for _, m := range e.small() {
 		if err := s.add(m.typ, m.attrs); err != nil {
 			return nil, err
 		}
 	}
+	s.takeMarks()
+	for i := range e.sets {
+		if set := e.sets[i].set; set.Large() {
+			s.set(set.Name).large.count = kernelCount(set)
+		}
+	}
 	s.finish()
 	return s, nil
+}
+
+// Meant gives what the kernel will hold once the ruleset is loaded at now, which
+// matters to what expires. Errors to test for: [*NameError].
+func Meant(rs *rules.Ruleset, now time.Time) (*Snapshot, error) {
+	e, err := encode(&rs.Table, now)
+	if err != nil {
+		return nil, fmt.Errorf("encode the ruleset: %w", err)
+	}
+	return meant(e, now)
 }
 
 // Snapshot reads the table of that name of family inet. A table that is not
@@ -361,13 +284,12 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The dumps are of all tables of the family: only ours is kept.
-	only := func(tableAttr uint16, fn func(reply) error) func(reply) error {
+	// The dumps may be of all tables of the family: only ours is kept.
+	name := append([]byte(table), 0)
+	only := func(tableAttr uint16) func(reply) error {
 		return func(r reply) error {
-			for t, v := range attributes(r.attrs) {
-				if t == tableAttr && cString(v) == table {
-					return fn(r)
-				}
+			if bytes.Equal(attrOf(r.attrs, tableAttr), name) {
+				return into(r)
 			}
 			return nil
 		}
@@ -383,12 +305,14 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 		{unix.NFT_MSG_GETFLOWTABLE, nftaFlowTable},
 	}
 	for _, d := range dumps {
-		if err := c.dump(d.typ, attrString(nil, d.table, table), only(d.table, into)); err != nil {
+		if err := c.dump(d.typ, attrString(nil, d.table, table), only(d.table)); err != nil {
 			return nil, err
 		}
 	}
+	s.takeMarks()
 	for _, name := range sortedKeys(s.sets) {
-		if s.sets[name].meter {
+		// What a meter holds is no part of a ruleset.
+		if set := s.sets[name]; set.is(unix.NFT_SET_EVAL) || set.large != nil {
 			continue
 		}
 		q := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
@@ -408,11 +332,31 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 	return s, nil
 }
 
+// takeMarks learns from the marks of the table which content its large sets were
+// given.
+func (s *Snapshot) takeMarks() {
+	marks := s.chains[rules.ChainApplied]
+	if marks == nil {
+		return
+	}
+	for _, r := range marks.rules {
+		name, _, digest, ok := rules.ParseMark(comment([]byte(r)))
+		set := s.sets[name]
+		if !ok || set == nil {
+			continue
+		}
+		if set.large == nil {
+			set.large = &largeState{count: set.count}
+		}
+		set.large.digest = digest
+	}
+}
+
 func sortedKeys[V any](m map[string]V) []string {
 	keys := make([]string, 0, len(m))
 	for k := range m {
 		keys = append(keys, k)
 	}
-	sort.Strings(keys)
+	slices.Sort(keys)
 	return keys
 }

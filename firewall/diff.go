@@ -3,14 +3,19 @@ package firewall
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Difference is one way in which two tables differ.
 type Difference struct {
 	Action string // "add": wanted but absent; "remove": there but not wanted; "change"
 	Kind   string // "table", "chain", "rule", "set", "element", "object", "flowtable"
-	Name   string // for a rule: its place and comment
+	Name   string // for a rule: its place and comment; for an element: it and its set
+	Before string // as it is, like nft text; "" when it is absent
+	After  string // as it is wanted; "" when it is not
 }
 
 // String gives a line for people.
@@ -23,94 +28,273 @@ func (d Difference) String() string {
 const clockSlack = 2 * time.Second
 
 // Diff lists what separates the table that is from the table that is wanted.
-// Equal tables give nil.
+// Equal tables give nil. Of large sets it compares the count and the digest.
 func Diff(is, wanted *Snapshot) []Difference {
-	if is.Present != wanted.Present {
-		action := "add"
-		if is.Present {
-			action = "remove"
+	table := func(s *Snapshot) string {
+		if !s.Present {
+			return ""
 		}
-		return []Difference{{action, "table", "inet deadlight"}}
+		return tableText([]byte(s.table))
+	}
+	if is.Present != wanted.Present {
+		d := Difference{Action: "add", Kind: "table", Name: "inet deadlight", Before: table(is), After: table(wanted)}
+		if is.Present {
+			d.Action = "remove"
+		}
+		return []Difference{d}
 	}
 	var out []Difference
 	if is.table != wanted.table {
-		out = append(out, Difference{"change", "table", "inet deadlight"})
+		out = append(out, Difference{"change", "table", "inet deadlight", table(is), table(wanted)})
 	}
-	out = append(out, diffMaps("chain", is.chains, wanted.chains, func(name string, a, b chainState) []Difference {
-		var out []Difference
-		if a.definition != b.definition {
-			out = append(out, Difference{"change", "chain", name})
-		}
-		return append(out, diffRules(name, a.rules, b.rules)...)
+	out = append(out, diffMaps("chain", is.chains, wanted.chains, func(ch *chainState) string { return chainText([]byte(ch.definition)) },
+		func(name string, a, b *chainState) []Difference {
+			var out []Difference
+			if a.definition != b.definition {
+				out = append(out, Difference{"change", "chain", name, chainText([]byte(a.definition)), chainText([]byte(b.definition))})
+			}
+			return append(out, diffRules(name, a.rules, b.rules)...)
+		})...)
+	out = append(out, diffMaps("set", is.sets, wanted.sets, (*setState).String, func(name string, a, b *setState) []Difference {
+		return diffSets(name, a, b.aged(is.at, a))
 	})...)
-	out = append(out, diffMaps("set", is.sets, wanted.sets, func(name string, a, b setState) []Difference {
-		if a.definition != b.definition {
-			return []Difference{{"change", "set", name}}
-		}
-		if a.first.Sub(b.first).Abs() > clockSlack || a.last.Sub(b.last).Abs() > clockSlack {
-			return []Difference{{"change", "set", name}} // it ends at another time
-		}
-		return diffElements(name, a.elements, b.elements)
-	})...)
-	out = append(out, diffMaps("object", is.objects, wanted.objects, func(name string, a, b objectState) []Difference {
+	out = append(out, diffMaps("object", is.objects, wanted.objects, objectState.String, func(name string, a, b objectState) []Difference {
 		if a != b {
-			return []Difference{{"change", "object", name}}
+			return []Difference{{"change", "object", name, a.String(), b.String()}}
 		}
 		return nil
 	})...)
-	return append(out, diffMaps("flowtable", is.flowtables, wanted.flowtables, func(string, string, string) []Difference { return nil })...)
+	return append(out, diffMaps("flowtable", is.flowtables, wanted.flowtables, func(s string) string { return s },
+		func(string, string, string) []Difference { return nil })...)
 }
 
-func diffMaps[V any](kind string, is, wanted map[string]V, both func(string, V, V) []Difference) []Difference {
+func (s *setState) String() string {
+	text := setText([]byte(s.definition))
+	if s.large != nil {
+		text += s.large.String()
+	}
+	return text
+}
+
+func (l *largeState) String() string {
+	text := ""
+	if l.count >= 0 {
+		text += fmt.Sprintf(" %d elements", l.count)
+	}
+	if l.digest != "" {
+		text += " of content " + l.digest
+	}
+	return text
+}
+
+func (o objectState) String() string {
+	return objectText(attr(attr32(nil, unix.NFTA_OBJ_TYPE, o.typ), unix.NFTA_OBJ_DATA, []byte(o.data)))
+}
+
+func diffSets(name string, a, b *setState) []Difference {
+	differ := []Difference{{"change", "set", name, a.String(), b.String()}}
+	switch {
+	case a.definition != b.definition:
+		return differ
+	case a.first.Sub(b.first).Abs() > clockSlack || a.last.Sub(b.last).Abs() > clockSlack: // it ends at another time
+		differ[0].Before += endText(a.last)
+		differ[0].After += endText(b.last)
+		return differ
+	case a.large == nil && b.large == nil:
+		return diffElements(name, a, b)
+	case a.large == nil || b.large == nil || a.large.digest != b.large.digest ||
+		a.large.count != b.large.count && a.large.count >= 0 && b.large.count >= 0:
+		return differ
+	}
+	return nil
+}
+
+// aged is the set at a later time, when elements may have vanished. Close to
+// their end either answer of the kernel is right.
+func (s *setState) aged(now time.Time, is *setState) *setState {
+	if s.last.IsZero() || now.Before(s.last) && !(is.last.IsZero() && s.last.Sub(now) < clockSlack) {
+		return s
+	}
+	left := *s
+	left.first, left.last, left.elements = time.Time{}, time.Time{}, nil
+	for _, e := range s.elements {
+		if !e.vanishes {
+			left.elements = append(left.elements, e)
+		}
+	}
+	return &left
+}
+
+func endText(t time.Time) string {
+	if t.IsZero() {
+		return " without end"
+	}
+	return " until " + t.UTC().Format(time.RFC3339)
+}
+
+func diffMaps[V any](kind string, is, wanted map[string]V, text func(V) string, both func(string, V, V) []Difference) []Difference {
 	var out []Difference
 	for _, name := range sortedKeys(wanted) {
 		if v, ok := is[name]; ok {
 			out = append(out, both(name, v, wanted[name])...)
 		} else {
-			out = append(out, Difference{"add", kind, name})
+			out = append(out, Difference{"add", kind, name, "", text(wanted[name])})
 		}
 	}
 	for _, name := range sortedKeys(is) {
 		if _, ok := wanted[name]; !ok {
-			out = append(out, Difference{"remove", kind, name})
+			out = append(out, Difference{"remove", kind, name, text(is[name]), ""})
 		}
 	}
 	return out
 }
 
-func diffRules(chain string, is, wanted []ruleState) []Difference {
-	if slices.Equal(is, wanted) {
-		return nil
+// diffRules aligns two lists of rules and names those that stand in one only. Two
+// of them at one place with one comment are a change.
+func diffRules(chain string, is, wanted []string) []Difference {
+	place := func(i int, r string) string {
+		return fmt.Sprintf("%d of chain %s (%q)", i+1, chain, comment([]byte(r)))
 	}
-	var out []Difference
-	for i := range max(len(is), len(wanted)) {
-		place := func(r ruleState) string { return fmt.Sprintf("%d of chain %s (%q)", i+1, chain, r.comment) }
-		switch {
-		case i >= len(is):
-			out = append(out, Difference{"add", "rule", place(wanted[i])})
-		case i >= len(wanted):
-			out = append(out, Difference{"remove", "rule", place(is[i])})
-		case is[i] != wanted[i]:
-			out = append(out, Difference{"change", "rule", place(is[i])})
-		}
+	text := func(r string) string { return ruleText([]byte(r)) }
+	first := 0
+	for first < len(is) && first < len(wanted) && is[first] == wanted[first] {
+		first++
 	}
-	return out
-}
-
-func diffElements(set string, is, wanted []string) []Difference {
+	last := 0
+	for last < min(len(is), len(wanted))-first && is[len(is)-1-last] == wanted[len(wanted)-1-last] {
+		last++
+	}
+	a, b := is[first:len(is)-last], wanted[first:len(wanted)-last]
+	common := commonRules(a, b)
 	var out []Difference
 	i, k := 0, 0
-	for i < len(is) || k < len(wanted) {
+	for _, c := range append(common, [2]int{len(a), len(b)}) {
+		// What both lists hold between two common rules, side by side.
+		for ; i < c[0] && k < c[1] && comment([]byte(a[i])) == comment([]byte(b[k])); i, k = i+1, k+1 {
+			out = append(out, Difference{"change", "rule", place(first+i, a[i]), text(a[i]), text(b[k])})
+		}
+		for ; i < c[0]; i++ {
+			out = append(out, Difference{"remove", "rule", place(first+i, a[i]), text(a[i]), ""})
+		}
+		for ; k < c[1]; k++ {
+			out = append(out, Difference{"add", "rule", place(first+k, b[k]), "", text(b[k])})
+		}
+		i, k = c[0]+1, c[1]+1
+	}
+	return out
+}
+
+// commonRules gives a longest common subsequence as pairs of indices. Lists too
+// long for the table of it have none: then all of them differ.
+func commonRules(a, b []string) [][2]int {
+	const most = 1 << 22
+	if len(a) == 0 || len(b) == 0 || len(a)*len(b) > most {
+		return nil
+	}
+	width := len(b) + 1
+	length := make([]uint16, (len(a)+1)*width)
+	for i := len(a) - 1; i >= 0; i-- {
+		for k := len(b) - 1; k >= 0; k-- {
+			if a[i] == b[k] {
+				length[i*width+k] = length[(i+1)*width+k+1] + 1
+			} else {
+				length[i*width+k] = max(length[(i+1)*width+k], length[i*width+k+1])
+			}
+		}
+	}
+	var out [][2]int
+	for i, k := 0, 0; i < len(a) && k < len(b); {
 		switch {
-		case k == len(wanted) || i < len(is) && is[i] < wanted[k]:
-			out = append(out, Difference{"remove", "element", "of set " + set})
-			i++
-		case i == len(is) || is[i] > wanted[k]:
-			out = append(out, Difference{"add", "element", "of set " + set})
-			k++
-		default:
+		case a[i] == b[k]:
+			out = append(out, [2]int{i, k})
 			i, k = i+1, k+1
+		case length[(i+1)*width+k] >= length[i*width+k+1]:
+			i++
+		default:
+			k++
 		}
 	}
 	return out
+}
+
+// diffElements names the elements that one set has and the other has not, or has
+// with another verdict.
+func diffElements(set string, is, wanted *setState) []Difference {
+	var out []Difference
+	text := func(s *setState, e element) string {
+		return elementText([]byte(s.definition), []byte(e.start), []byte(e.end))
+	}
+	name := func(s *setState, e element) string {
+		what, _, _ := strings.Cut(text(s, e), " : ")
+		return what + " of set " + set
+	}
+	a, b := is.elements, wanted.elements
+	for len(a) > 0 || len(b) > 0 {
+		switch {
+		case len(a) > 0 && len(b) > 0 && a[0] == b[0]:
+			a, b = a[1:], b[1:]
+		case len(a) > 0 && len(b) > 0 && a[0].key() == b[0].key() && a[0].isEnd() == b[0].isEnd():
+			out = append(out, Difference{"change", "element", name(is, a[0]), text(is, a[0]), text(wanted, b[0])})
+			a, b = a[1:], b[1:]
+		case len(b) == 0 || len(a) > 0 && precedes(a[0], b[0]):
+			out = append(out, Difference{"remove", "element", name(is, a[0]), text(is, a[0]), ""})
+			a = a[1:]
+		default:
+			out = append(out, Difference{"add", "element", name(wanted, b[0]), "", text(wanted, b[0])})
+			b = b[1:]
+		}
+	}
+	return out
+}
+
+// precedes is the order of [Snapshot.finish].
+func precedes(a, b element) bool {
+	if c := strings.Compare(a.key(), b.key()); c != 0 {
+		return c < 0
+	}
+	return a.isEnd() && !b.isEnd()
+}
+
+// elementChanges are the elements that must go and those that must come.
+func elementChanges(is, wanted *setState) (gone, missing []element) {
+	have := make(map[element]bool, len(is.elements))
+	for _, e := range is.elements {
+		have[e] = true
+	}
+	for _, e := range wanted.elements {
+		if have[e] {
+			delete(have, e)
+		} else {
+			missing = append(missing, e)
+		}
+	}
+	for _, e := range is.elements {
+		if have[e] {
+			gone = append(gone, e)
+		}
+	}
+	return gone, missing
+}
+
+// users are the rules that name a set.
+func (s *Snapshot) users(set string) []string {
+	var out []string
+	for _, chain := range sortedKeys(s.chains) {
+		for _, r := range s.chains[chain].rules {
+			uses([]byte(r), func(name string) {
+				if name == set {
+					out = append(out, chain+" "+r)
+				}
+			})
+		}
+	}
+	return out
+}
+
+// meterStays reports whether a meter keeps what it has counted: none of its rules
+// changed. Its elements carry the limit they were made with, so a changed one
+// must begin anew.
+func meterStays(name string, is, wanted *Snapshot) bool {
+	a, b := is.sets[name], wanted.sets[name]
+	return b != nil && a.is(unix.NFT_SET_EVAL) && a.definition == b.definition && slices.Equal(is.users(name), wanted.users(name))
 }

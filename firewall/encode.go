@@ -26,29 +26,85 @@ const (
 // nfTableComment is NFTNL_UDATA_TABLE_COMMENT (libnftnl, udata.h).
 const nfTableComment userdata.Type = 0
 
-// encoded is a table as netlink messages, in the order in which the kernel can
-// take them into an empty table.
+// encoded is a table as netlink messages. The elements of sets are encoded when
+// they are asked for: most of the time they are in the kernel already.
 type encoded struct {
-	table    message
-	chains   []message
-	objects  []message // counters and limits
-	sets     []message
-	elements []message
-	rules    []message
+	table   message
+	objects []named // counters and limits
+	chains  []encodedChain
+	sets    []encodedSet
+	now     time.Time
 }
 
-// all gives the messages in order. Objects stand first: rules name them.
-func (e *encoded) all() []message {
+type named struct {
+	name string // kind and name
+	message
+}
+
+type encodedChain struct {
+	name string
+	message
+	rules []message
+}
+
+type encodedSet struct {
+	set *rules.Set
+	message
+}
+
+// elements gives the messages that fill a set.
+func (e *encoded) elements(table string, s *rules.Set) []message {
+	left := s.Left(e.now)
+	if left == 0 {
+		return nil // its time is over
+	}
+	w := elementWriter{table: table, set: s, left: left, typ: unix.NFT_MSG_NEWSETELEM, flags: unix.NLM_F_CREATE, what: "elements"}
+	w.all()
+	return w.out
+}
+
+// ranges gives the addresses that a set shall hold.
+func (e *encoded) ranges(set string) []rules.AddrRange {
+	for _, s := range e.sets {
+		if s.set.Name == set {
+			return s.set.Addrs
+		}
+	}
+	return nil
+}
+
+// small gives all messages but the elements of large sets, in the order in which
+// an empty table can take them. Objects stand first: rules name them.
+func (e *encoded) small() []message { return e.list(func(s *rules.Set) bool { return !s.Large() }) }
+
+// all gives all messages.
+func (e *encoded) all() []message { return e.list(func(*rules.Set) bool { return true }) }
+
+func (e *encoded) list(whole func(*rules.Set) bool) []message {
 	out := []message{e.table}
-	for _, part := range [][]message{e.objects, e.chains, e.sets, e.elements, e.rules} {
-		out = append(out, part...)
+	for _, o := range e.objects {
+		out = append(out, o.message)
+	}
+	for _, ch := range e.chains {
+		out = append(out, ch.message)
+	}
+	for _, s := range e.sets {
+		out = append(out, s.message)
+	}
+	for _, s := range e.sets {
+		if whole(s.set) {
+			out = append(out, e.elements(rules.TableName, s.set)...)
+		}
+	}
+	for _, ch := range e.chains {
+		out = append(out, ch.rules...)
 	}
 	return out
 }
 
 // encode writes what expires with the time that is left at now.
 func encode(t *rules.Table, now time.Time) (*encoded, error) {
-	e := &encoded{}
+	e := &encoded{now: now}
 	b := attrString(nil, unix.NFTA_TABLE_NAME, t.Name)
 	b = attr(b, nftaTableUserdata, userdata.AppendString(nil, nfTableComment, t.Comment))
 	// Flags of 0 wake up a table that somebody made dormant.
@@ -60,38 +116,32 @@ func encode(t *rules.Table, now time.Time) (*encoded, error) {
 	for _, l := range t.Limits {
 		e.objects = append(e.objects, encodeLimit(t.Name, l))
 	}
-	for i := range t.Chains {
-		e.chains = append(e.chains, encodeChain(t.Name, &t.Chains[i]))
-	}
 	for i := range t.Sets {
-		m, err := encodeSet(t.Name, &t.Sets[i], uint32(i+1))
-		if err != nil {
-			return nil, err
-		}
-		e.sets = append(e.sets, m)
-		e.elements = append(e.elements, encodeElements(t.Name, &t.Sets[i], now)...)
+		e.sets = append(e.sets, encodedSet{&t.Sets[i], encodeSet(t.Name, &t.Sets[i], uint32(i+1))})
 	}
 	for i := range t.Chains {
+		ch := encodedChain{name: t.Chains[i].Name, message: encodeChain(t.Name, &t.Chains[i])}
 		for k, r := range t.Chains[i].Rules {
-			m, err := encodeRule(t, t.Chains[i].Name, r)
+			m, err := encodeRule(t, ch.name, r)
 			if err != nil {
-				return nil, fmt.Errorf("rule %d of chain %s: %w", k+1, t.Chains[i].Name, err)
+				return nil, fmt.Errorf("rule %d of chain %s: %w", k+1, ch.name, err)
 			}
-			e.rules = append(e.rules, m)
+			ch.rules = append(ch.rules, m)
 		}
+		e.chains = append(e.chains, ch)
 	}
 	return e, nil
 }
 
-func encodeCounter(table, name string) message {
+func encodeCounter(table, name string) named {
 	b := attrString(nil, unix.NFTA_OBJ_TABLE, table)
 	b = attrString(b, unix.NFTA_OBJ_NAME, name)
 	b = attr32(b, unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_COUNTER)
 	b = nest(b, unix.NFTA_OBJ_DATA, nil)
-	return message{unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, b, "counter " + name}
+	return named{"counter " + name, message{unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, b, "counter " + name}}
 }
 
-func encodeLimit(table string, l rules.Limit) message {
+func encodeLimit(table string, l rules.Limit) named {
 	limit := limitOf(l.Rate)
 	data := attr(nil, unix.NFTA_LIMIT_RATE, binary.BigEndian.AppendUint64(nil, limit.Rate))
 	data = attr(data, unix.NFTA_LIMIT_UNIT, binary.BigEndian.AppendUint64(nil, uint64(limit.Unit)))
@@ -101,7 +151,7 @@ func encodeLimit(table string, l rules.Limit) message {
 	b = attrString(b, unix.NFTA_OBJ_NAME, l.Name)
 	b = attr32(b, unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_LIMIT)
 	b = nest(b, unix.NFTA_OBJ_DATA, data)
-	return message{unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, b, "limit " + l.Name}
+	return named{"limit " + l.Name, message{unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, b, "limit " + l.Name}}
 }
 
 func limitOf(r rules.Rate) *expr.Limit {
@@ -147,7 +197,7 @@ const (
 	bigEndian  = 2
 )
 
-func encodeSet(table string, s *rules.Set, id uint32) (message, error) {
+func encodeSet(table string, s *rules.Set, id uint32) message {
 	var flags uint32
 	if s.Interval {
 		flags |= unix.NFT_SET_INTERVAL
@@ -183,7 +233,7 @@ func encodeSet(table string, s *rules.Set, id uint32) (message, error) {
 		order = hostEndian
 	}
 	b = attr(b, unix.NFTA_SET_USERDATA, userdata.AppendUint32(nil, userdata.NFTNL_UDATA_SET_KEYBYTEORDER, order))
-	return message{unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, b, "set " + s.Name}, nil
+	return message{unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, b, "set " + s.Name}
 }
 
 // ifnameKey is a name as meta iifname loads it: IFNAMSIZ bytes, zero-padded.
@@ -191,62 +241,6 @@ func ifnameKey(name string) []byte {
 	b := make([]byte, unix.IFNAMSIZ)
 	copy(b, name)
 	return b
-}
-
-// encodeElements fills as many messages as the 64 KiB of an attribute ask for.
-func encodeElements(table string, s *rules.Set, now time.Time) []message {
-	left := s.Left(now)
-	if left == 0 {
-		return nil // its time is over
-	}
-	head := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
-	head = attrString(head, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
-	const most = 1<<16 - 1<<10
-	var out []message
-	var list []byte
-	flush := func() {
-		if len(list) > 0 {
-			b := nest(append([]byte(nil), head...), unix.NFTA_SET_ELEM_LIST_ELEMENTS, list)
-			out = append(out, message{unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, b, "elements of set " + s.Name})
-			list = list[:0]
-		}
-	}
-	add := func(key, end []byte, target int) {
-		if len(list) > most {
-			flush()
-		}
-		to := ""
-		if s.Targets != nil {
-			to = s.Targets[target]
-		}
-		list = appendElement(list, key, 0, to, left)
-		if s.Interval && end != nil {
-			list = appendElement(list, end, unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
-		}
-	}
-	for i, p := range s.Ports {
-		add(binary.BigEndian.AppendUint16(nil, p.Lo), after(binary.BigEndian.AppendUint16(nil, p.Hi)), i)
-	}
-	for i, a := range s.Addrs {
-		add(a.Lo.AsSlice(), after(a.Hi.AsSlice()), i)
-	}
-	for i, n := range s.Names {
-		prefix, wild := strings.CutSuffix(n, "*")
-		end := after(ifnameKey(n))
-		if wild {
-			end = ifnameKey(string(after([]byte(prefix))))
-		}
-		add(ifnameKey(prefix), end, i)
-	}
-	for i, c := range s.Codes {
-		if s.Type == rules.TypeFibAddr {
-			add(binary.NativeEndian.AppendUint32(nil, c), nil, i)
-		} else {
-			add([]byte{byte(c)}, nil, i)
-		}
-	}
-	flush()
-	return out
 }
 
 // after adds one to a big-endian number; nil when it overflows, i.e. when an
@@ -259,24 +253,6 @@ func after(b []byte) []byte {
 		}
 	}
 	return nil
-}
-
-// appendElement writes one element; a left above 0 is when it vanishes by itself.
-func appendElement(list, key []byte, flags uint32, target string, left time.Duration) []byte {
-	el := nest(nil, unix.NFTA_SET_ELEM_KEY, attr(nil, unix.NFTA_DATA_VALUE, key))
-	if flags != 0 {
-		el = attr32(el, unix.NFTA_SET_ELEM_FLAGS, flags)
-	}
-	if left > 0 {
-		el = attr(el, unix.NFTA_SET_ELEM_TIMEOUT, binary.BigEndian.AppendUint64(nil, uint64(max(left.Milliseconds(), 1))))
-	}
-	if target != "" {
-		jump := int32(unix.NFT_JUMP)
-		v := attr32(nil, unix.NFTA_VERDICT_CODE, uint32(jump))
-		v = attrString(v, unix.NFTA_VERDICT_CHAIN, target)
-		el = nest(el, unix.NFTA_SET_ELEM_DATA, nest(nil, unix.NFTA_DATA_VERDICT, v))
-	}
-	return nest(list, unix.NFTA_LIST_ELEM, el)
 }
 
 func encodeRule(t *rules.Table, chain string, r rules.Rule) (message, error) {

@@ -32,7 +32,7 @@ const (
 // Compile turns a policy into the table that enforces it. It cannot fail: a
 // Policy is valid by construction.
 func Compile(p *Policy) *Ruleset {
-	c := &compiler{policy: p, counters: map[string]bool{}, named: map[string]*AddressSet{}, made: map[string]bool{}}
+	c := &compiler{policy: p, counters: map[string]bool{}, named: map[string]*AddressSet{}, made: map[string]bool{}, split: map[string]parts{}}
 	for i := range p.Sets {
 		c.named[p.Sets[i].Name] = &p.Sets[i]
 	}
@@ -66,6 +66,7 @@ func Compile(p *Policy) *Ruleset {
 	if p.Default.Observe {
 		observe(chains)
 	}
+	chains = append(chains, marks(c.sets)...)
 	rs.Table = Table{Name: TableName, Comment: "managed by deadlight", Limits: c.limits, Sets: c.sets, Chains: chains}
 	for name := range c.counters {
 		rs.Table.Counters = append(rs.Table.Counters, name)
@@ -82,7 +83,8 @@ type compiler struct {
 	counters map[string]bool
 	chains   []Chain // of the rules
 	named    map[string]*AddressSet
-	made     map[string]bool // the kernel sets of named that exist
+	made     map[string]bool  // the names that address sets have been made under
+	split    map[string]parts // of long lists, by such a name
 }
 
 // count names a counter and makes sure it exists.

@@ -156,11 +156,8 @@ func (c *compiler) ruleChain(g *group, i int) {
 			continue
 		}
 		if !t.To.anywhere() {
-			if set := c.oneSet(name+"_to", &t.To, v4); set != "" {
-				miss(MatchSet{Field: daddr(v4), Set: set, Not: true})
-			} else {
-				miss(nfproto(v4))
-			}
+			miss(c.outside(name+"_to", &t.To, v4)...)
+			c.addrSets(name+"_to"+familySuffix(v4), v4, ofFamily(t.To.Ranges, v4))
 		}
 		c.ownSet(name+"_except", &t.Except, v4)
 		for _, m := range c.matches(name+"_except", &t.Except, v4) {
@@ -281,17 +278,92 @@ func familySuffix(v4 bool) string {
 
 func namedSet(name string, v4 bool) string { return "set_" + name + "_" + familySuffix(v4) }
 
-// setNames are the kernel sets that hold a source's addresses of a family: its
-// own, and those of the sets it names.
-func (c *compiler) setNames(own string, s *Source, v4 bool) []string {
-	var out []string
-	if len(ofFamily(s.Ranges, v4)) > 0 {
-		out = append(out, own+familySuffix(v4))
+// splitFrom is the number of ranges from which single addresses have a set of
+// their own: they are then looked up by hash, and come and go one by one.
+const splitFrom = 1024
+
+// parts are the addresses of a family as the kernel shall hold them.
+type parts struct{ wide, hosts []AddrRange }
+
+// parts gives what a kernel set of this name would hold, split if it is long.
+func (c *compiler) parts(name string, ranges []AddrRange) parts {
+	if len(ranges) < splitFrom {
+		return parts{wide: ranges}
 	}
-	for _, name := range s.Sets {
-		if len(ofFamily(c.named[name].Ranges, v4)) > 0 {
-			out = append(out, namedSet(name, v4))
+	p, ok := c.split[name]
+	if !ok {
+		p = split(ranges)
+		c.split[name] = p
+	}
+	return p
+}
+
+func split(ranges []AddrRange) parts {
+	single := 0
+	for i := range ranges {
+		if ranges[i].Lo == ranges[i].Hi {
+			single++
 		}
+	}
+	switch single {
+	case 0:
+		return parts{wide: ranges}
+	case len(ranges):
+		return parts{hosts: ranges}
+	}
+	p := parts{make([]AddrRange, 0, len(ranges)-single), make([]AddrRange, 0, single)}
+	for _, r := range ranges {
+		if r.Lo == r.Hi {
+			p.hosts = append(p.hosts, r)
+		} else {
+			p.wide = append(p.wide, r)
+		}
+	}
+	return p
+}
+
+// hostsSet names the set of the single addresses of a long one. No other name of
+// ours ends like this.
+func hostsSet(name string) string { return name + "_hosts" }
+
+// names are the kernel sets that hold ranges under a name.
+func (c *compiler) names(name string, ranges []AddrRange) []string {
+	var out []string
+	p := c.parts(name, ranges)
+	if len(p.wide) > 0 {
+		out = append(out, name)
+	}
+	if len(p.hosts) > 0 {
+		out = append(out, hostsSet(name))
+	}
+	return out
+}
+
+// addrSets makes the kernel sets that hold ranges under a name, once.
+func (c *compiler) addrSets(name string, v4 bool, ranges []AddrRange) {
+	if c.made[name] {
+		return
+	}
+	c.made[name] = true
+	t := TypeIPv6
+	if v4 {
+		t = TypeIPv4
+	}
+	p := c.parts(name, ranges)
+	if len(p.wide) > 0 {
+		interval := slices.ContainsFunc(p.wide, func(r AddrRange) bool { return r.Lo != r.Hi })
+		c.sets = append(c.sets, Set{Name: name, Type: t, Interval: interval, Addrs: p.wide})
+	}
+	if len(p.hosts) > 0 {
+		c.sets = append(c.sets, Set{Name: hostsSet(name), Type: t, Addrs: p.hosts})
+	}
+}
+
+// namedSetNames are the kernel sets of the sets that a source names.
+func (c *compiler) namedSetNames(s *Source, v4 bool) []string {
+	var out []string
+	for _, name := range s.Sets {
+		out = append(out, c.names(namedSet(name, v4), ofFamily(c.named[name].Ranges, v4))...)
 	}
 	return out
 }
@@ -309,14 +381,28 @@ func single(s *Source, v4 bool) (netip.Prefix, bool) {
 // addresses of a family.
 func (c *compiler) matches(own string, s *Source, v4 bool) []Expr {
 	var out []Expr
-	p, one := single(s, v4)
-	if one {
+	var sets []string
+	if p, one := single(s, v4); one {
 		out = append(out, Match{Field: saddr(v4), Prefix: p})
+	} else {
+		sets = c.names(own+familySuffix(v4), ofFamily(s.Ranges, v4))
 	}
-	for _, set := range c.setNames(own, s, v4) {
-		if set != own+familySuffix(v4) || !one {
-			out = append(out, MatchSet{Field: saddr(v4), Set: set})
-		}
+	for _, set := range append(sets, c.namedSetNames(s, v4)...) {
+		out = append(out, MatchSet{Field: saddr(v4), Set: set})
+	}
+	return out
+}
+
+// outside matches a packet that is of a family but whose destination is not among
+// a Source's addresses.
+func (c *compiler) outside(own string, s *Source, v4 bool) []Expr {
+	sets := append(c.names(own+familySuffix(v4), ofFamily(s.Ranges, v4)), c.namedSetNames(s, v4)...)
+	if len(sets) == 0 {
+		return []Expr{nfproto(v4)}
+	}
+	var out []Expr
+	for _, set := range sets {
+		out = append(out, MatchSet{Field: daddr(v4), Set: set, Not: true})
 	}
 	return out
 }
@@ -324,49 +410,18 @@ func (c *compiler) matches(own string, s *Source, v4 bool) []Expr {
 // ownSet makes the set of the addresses that a rule names itself, where matches
 // asks for one.
 func (c *compiler) ownSet(own string, s *Source, v4 bool) {
-	ranges := ofFamily(s.Ranges, v4)
-	if _, one := single(s, v4); len(ranges) > 0 && !one {
-		c.addrSet(own+familySuffix(v4), v4, ranges)
+	if _, one := single(s, v4); !one {
+		c.addrSets(own+familySuffix(v4), v4, ofFamily(s.Ranges, v4))
 	}
 }
 
-// oneSet is a single set with all of a source's addresses of a family, or "".
-func (c *compiler) oneSet(own string, s *Source, v4 bool) string {
-	names := c.setNames(own, s, v4)
-	if len(names) == 0 {
-		return ""
-	}
-	if len(names) == 1 && len(ofFamily(s.Ranges, v4)) == 0 {
-		return names[0]
-	}
-	ranges := slices.Clone(ofFamily(s.Ranges, v4))
-	for _, name := range s.Sets {
-		ranges = append(ranges, ofFamily(c.named[name].Ranges, v4)...)
-	}
-	c.addrSet(own+familySuffix(v4), v4, mergeAddrs(ranges))
-	return own + familySuffix(v4)
-}
-
-func (c *compiler) addrSet(name string, v4 bool, ranges []AddrRange) {
-	t := TypeIPv6
-	if v4 {
-		t = TypeIPv4
-	}
-	interval := slices.ContainsFunc(ranges, func(r AddrRange) bool { return r.Lo != r.Hi })
-	c.sets = append(c.sets, Set{Name: name, Type: t, Interval: interval, Addrs: ranges})
-}
-
-// namedSets makes the policy's sets that the rules of a group name, once.
+// namedSets makes the policy's sets that the rules of a group name.
 func (c *compiler) namedSets(g *group) {
 	for _, t := range g.traffic {
 		for _, list := range [][]string{t.From.Sets, t.Except.Sets, t.To.Sets} {
 			for _, name := range list {
 				for _, v4 := range []bool{true, false} {
-					ranges := ofFamily(c.named[name].Ranges, v4)
-					if set := namedSet(name, v4); len(ranges) > 0 && !c.made[set] {
-						c.made[set] = true
-						c.addrSet(set, v4, ranges)
-					}
+					c.addrSets(namedSet(name, v4), v4, ofFamily(c.named[name].Ranges, v4))
 				}
 			}
 		}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -13,28 +12,59 @@ import (
 	"pgregory.net/rapid"
 )
 
-// The fast path reads what the careful one reads, and nothing else.
-func TestNetwork4Property(t *testing.T) {
+// The fast paths read what the careful one reads, and nothing else.
+func TestNetworkProperty(t *testing.T) {
 	number := rapid.OneOf(rapid.StringMatching(`[0-9]{0,4}`), rapid.SampledFrom([]string{"0", "10", "255", "256", "128", "01"}))
+	group := rapid.OneOf(rapid.StringMatching(`[0-9a-fA-F]{0,5}`), rapid.SampledFrom([]string{"0", "ffff", "", "FF", "g"}))
 	rapid.Check(t, func(t *rapid.T) {
-		parts := rapid.SliceOfN(number, 4, rapid.SampledFrom([]int{4, 4, 4, 5}).Draw(t, "parts")).Draw(t, "numbers")
-		s := strings.Join(parts, ".")
+		var s string
+		if rapid.Bool().Draw(t, "v4") {
+			parts := rapid.SliceOfN(number, 4, rapid.SampledFrom([]int{4, 4, 4, 5}).Draw(t, "parts")).Draw(t, "numbers")
+			s = strings.Join(parts, ".")
+		} else {
+			s = strings.Join(rapid.SliceOfN(group, 1, 9).Draw(t, "groups"), ":")
+			s = rapid.SampledFrom([]string{"", "", "", ":", "::", "::ffff:", "2001:db8::"}).Draw(t, "first") + s
+			s += rapid.SampledFrom([]string{"", "", "::", ":", ":1.2.3.4", "%lo"}).Draw(t, "last")
+		}
 		if rapid.Bool().Draw(t, "network") {
-			s += "/" + rapid.OneOf(rapid.StringMatching(`[0-9]{0,3}`), rapid.SampledFrom([]string{"0", "8", "24", "32", "33", "00"})).Draw(t, "length")
+			s += "/" + rapid.OneOf(rapid.StringMatching(`[0-9]{0,3}`), rapid.SampledFrom([]string{"0", "8", "24", "32", "33", "00", "64", "127", "128", "129"})).Draw(t, "length")
 		}
 		s += rapid.SampledFrom([]string{"", "", "", " ", "x", "-"}).Draw(t, "rest")
-		checkNetwork4(t, s)
+		checkNetwork(t, s)
 	})
 }
 
-func checkNetwork4(t interface{ Fatalf(string, ...any) }, s string) {
+func TestNetwork6(t *testing.T) {
+	for _, s := range []string{
+		"::", "::/0", "::1", "1::", "1::/16", "2001:db8::/32", "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7::", "::2:3:4:5:6:7:8",
+		"1:2:3:4::5:6:7:8", "1:2:3:4:5:6:7:8/128", "1:2:3:4:5:6:7:8/127", "1::2::3", ":1", "1:", ":::", "1:2:3:4:5:6:7",
+		"1:2:3:4:5:6:7:8:9", "1:2:3:4:5:6:7:8:", "::ffff:1.2.3.4", "::ffff:102:304", "::fffe:102:304", "::1.2.3.4", "ABCD::/16",
+		"12345::", "fe80::1%lo", "8000::/1", "::/65", "0:0:0:0:8000::/65", "2001:DB8:0:0::/64",
+	} {
+		checkNetwork(t, s)
+	}
+}
+
+func checkNetwork(t interface{ Fatalf(string, ...any) }, s string) {
 	want, bad := parseAddresses(s)
-	got, ok := network4([]byte(s))
-	if ok != (bad == nil && want.Lo.Is4() && !strings.Contains(s, "-")) {
+	v4, n4 := network4([]byte(s))
+	v6, n6 := network6([]byte(s))
+	var got AddrRange
+	ok := false
+	switch {
+	case n4 > 0 && n6 > 0 && n4 == len(s) && n6 == len(s):
+		t.Fatalf("%q is of both families", s)
+	case n4 == len(s):
+		got, ok = AddrRange{addr4(uint32(v4 >> 32)), addr4(uint32(v4))}, n4 > 0
+	case n6 == len(s):
+		got, ok = AddrRange{addr6(v6.lo), addr6(v6.hi)}, n6 > 0
+	}
+	// Ranges, and IPv4 in the last part, are left to the careful one.
+	if simple := !strings.Contains(s, "-") && (want.Lo.Is4() || !strings.Contains(s, ".")); ok != (bad == nil && simple) {
 		t.Fatalf("%q: understood is %v, complaint %v", s, ok, bad)
 	}
-	if ok && (AddrRange{addr4(uint32(got >> 32)), addr4(uint32(got))}) != want {
-		t.Fatalf("%q is %x, want %v", s, got, want)
+	if ok && got != want {
+		t.Fatalf("%q is %v, want %v", s, got, want)
 	}
 }
 
@@ -54,6 +84,45 @@ func TestAddrListProperty(t *testing.T) {
 		}
 		if got, want := l.ranges(), mergeAddrs(all); !slices.Equal(got, want) {
 			t.Fatalf("%v, want %v", got, want)
+		}
+	})
+}
+
+// Long lists are sorted by other means than short ones.
+func TestLongLists(t *testing.T) {
+	for _, kind := range []string{"random", "ascending", "v6", "mixed"} {
+		list := randomList(20_000, kind)
+		var l addrList
+		newReader(nil).list("l", list, &l)
+		var all []AddrRange
+		for line := range strings.Lines(string(list)) {
+			a, bad := parseAddresses(strings.TrimSpace(line))
+			if bad != nil {
+				t.Fatal(bad)
+			}
+			all = append(all, a)
+		}
+		if got, want := l.ranges(), mergeAddrs(all); !slices.Equal(got, want) {
+			t.Errorf("%s: %d ranges, want %d", kind, len(got), len(want))
+		}
+	}
+}
+
+// Whatever IPv6 addresses of a long list have in common.
+func TestSort6Property(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		random := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
+		high := rapid.Uint64().Draw(t, "varying high bits")
+		low := rapid.Uint64().Draw(t, "varying low bits")
+		all := make([]range6, rapid.SampledFrom([]int{0, 1, 1023, 1024, 3000}).Draw(t, "n"))
+		for i := range all {
+			all[i].lo = number6{random.Uint64() & high, random.Uint64() & low}
+		}
+		want := slices.Clone(all)
+		byLo := func(a, b range6) int { return a.lo.compare(b.lo) }
+		slices.SortFunc(want, byLo)
+		if got := sort6(all); !slices.Equal(got, want) {
+			t.Fatal("not sorted")
 		}
 	})
 }
@@ -82,7 +151,7 @@ func FuzzList(f *testing.F) {
 			last = a
 		}
 		for _, line := range lines {
-			checkNetwork4(t, string(line))
+			checkNetwork(t, string(line))
 		}
 	})
 }
@@ -93,34 +162,57 @@ type oneFile []byte
 func (f oneFile) Glob(string) ([]string, error)   { return nil, nil }
 func (f oneFile) ReadFile(string) ([]byte, error) { return f, nil }
 
-func BenchmarkParseList1M(b *testing.B) {
-	const n = 1_000_000
+// randomList writes n random prefixes a line each: /24 to /32 of IPv4, /48 of
+// IPv6, or both by turns.
+func randomList(n int, kind string) []byte {
 	random := rand.New(rand.NewPCG(1, 2))
-	var list bytes.Buffer
-	for i := range n {
-		switch a := random.Uint32(); {
-		case i%10 == 0:
-			fmt.Fprintf(&list, "2001:db8:%x:%x::/64\n", a>>16, a&0xffff)
-		case i%2 == 0:
-			fmt.Fprintf(&list, "%v\n", addr4(a))
-		default:
-			fmt.Fprintf(&list, "%v/24 # comment\n", addr4(a&^0xff))
+	v4 := func() netip.Prefix {
+		p, _ := addr4(random.Uint32()).Prefix(24 + random.IntN(9))
+		return p
+	}
+	v6 := func() netip.Prefix {
+		a := random.Uint64()
+		return netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, byte(a), byte(a >> 8), byte(a >> 16), byte(a >> 24), byte(a >> 32)}), 48)
+	}
+	prefixes := make([]netip.Prefix, n)
+	for i := range prefixes {
+		if kind == "v6" || kind == "mixed" && i%2 == 0 {
+			prefixes[i] = v6()
+		} else {
+			prefixes[i] = v4()
 		}
 	}
-	policy := []byte("version = 1\n[set.a]\nfiles = \"list.txt\"\n[block.a]\nfrom = \"@a\"\n")
-	var peak, before runtime.MemStats
-	runtime.GC()
-	runtime.ReadMemStats(&before)
-	b.SetBytes(int64(list.Len()))
-	b.ReportAllocs()
-	for b.Loop() {
-		p, problems := Parse("p.toml", policy, oneFile(list.Bytes()))
-		if p == nil || len(problems) > 0 || len(p.Sets[0].Ranges) < n/2 {
-			b.Fatal(len(problems))
-		}
+	if kind == "ascending" {
+		slices.SortFunc(prefixes, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
 	}
-	runtime.ReadMemStats(&peak)
-	b.ReportMetric(float64(peak.TotalAlloc-before.TotalAlloc)/float64(b.N)/1e6, "MB-allocated/op")
+	var list []byte
+	for _, p := range prefixes {
+		list = append(p.AppendTo(list), '\n')
+	}
+	return list
+}
+
+// listPolicy blocks what one list holds.
+const listPolicy = "version = 1\n[set.a]\nfiles = \"list.txt\"\n[block.a]\nfrom = \"@a\"\n"
+
+func BenchmarkList1M(b *testing.B) {
+	const n = 1_000_000
+	for _, kind := range []string{"random", "ascending", "v6", "mixed"} {
+		list := randomList(n, kind)
+		b.Run(kind, func(b *testing.B) {
+			b.SetBytes(int64(len(list)))
+			b.ReportAllocs()
+			for b.Loop() {
+				p, problems := Parse("p.toml", []byte(listPolicy), oneFile(list))
+				if p == nil || len(problems) > 0 || len(p.Sets[0].Ranges) < n/2 {
+					b.Fatal(len(problems))
+				}
+				if rs := Compile(p); len(rs.Table.Sets) == 0 {
+					b.Fatal("no sets")
+				}
+			}
+		})
+	}
 }
 
 func BenchmarkParse10kRules(b *testing.B) {
@@ -142,6 +234,18 @@ func BenchmarkParse10kRules(b *testing.B) {
 	for b.Loop() {
 		if p, problems := Parse("p.toml", src.Bytes(), nil); p == nil || len(p.Open) != 10_000 {
 			b.Fatal(problems)
+		}
+	}
+}
+
+// The last line may lack its newline, and nothing may follow it in memory.
+func TestListWithoutLastNewline(t *testing.T) {
+	for _, text := range []string{"192.0.2.1", "192.0.2.0/24", "2001:db8::1", "192.0.2.1 # x", "192.0.2.1\n2001:db8::/32"} {
+		r, into := &reader{}, addrList{}
+		src := []byte(text)
+		r.list("list.txt", src[:len(src):len(src)], &into)
+		if n := strings.Count(text, "\n") + 1; len(into.ranges()) != n || len(r.found) > 0 {
+			t.Errorf("%q: %v, %v", text, into.ranges(), r.found)
 		}
 	}
 }

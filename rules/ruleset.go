@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"math/bits"
 	"net/netip"
 	"time"
 )
@@ -84,13 +85,15 @@ func (s *Set) Len() int { return len(s.Ports) + len(s.Addrs) + len(s.Names) + le
 const sizedFrom = 1024
 
 // Size is the declared size: that of a meter, or of a large hash set, which the
-// kernel then allocates once instead of growing it; 0 leaves it open.
+// kernel then allocates once instead of growing it; 0 leaves it open. It has room
+// for an eighth more and is a power of two, so that a list that changes a little
+// keeps the definition of its set and elements can come and go in place.
 func (s *Set) Size() int {
 	if s.Meter {
 		return MeterSize
 	}
 	if n := s.Len(); !s.Interval && n >= sizedFrom {
-		return n
+		return 1 << bits.Len(uint(n+n/8-1))
 	}
 	return 0
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -83,7 +84,10 @@ func readFile(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, largestFile))
+	// A long list is read into one piece of memory that never grows.
+	b := bytes.NewBuffer(make([]byte, 0, min(info.Size(), largestFile)+bytes.MinRead))
+	_, err = b.ReadFrom(io.LimitReader(f, largestFile))
+	return b.Bytes(), err
 }
 
 // inFileOrder sorts problems by place; files stay in the order they were read.

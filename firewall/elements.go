@@ -1,0 +1,189 @@
+package firewall
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"deadlight/rules"
+)
+
+// elementWriter writes the elements of a set into as many messages as the 64 KiB
+// of an attribute ask for. A million elements go through it: it appends to one
+// buffer and allocates nothing per element.
+type elementWriter struct {
+	table string
+	set   *rules.Set
+	left  time.Duration // above 0: when the elements vanish by themselves
+	typ   uint16        // NFT_MSG_NEWSETELEM or NFT_MSG_DELSETELEM
+	flags uint16
+	what  string
+
+	out  []message
+	buf  []byte // attributes of the message being written
+	list int    // where its list of elements begins; 0: nothing is being written
+}
+
+const largestAttr = 1<<16 - 1<<10 // leaves room for an element and for the head
+
+// all writes every element of the set.
+func (w *elementWriter) all() {
+	s := w.set
+	target := func(i int) string {
+		if s.Targets != nil {
+			return s.Targets[i]
+		}
+		return ""
+	}
+	var b [2]byte
+	for i, p := range s.Ports {
+		binary.BigEndian.PutUint16(b[:], p.Lo)
+		w.element(b[:], 0, target(i), w.left)
+		if s.Interval && p.Hi != 1<<16-1 {
+			binary.BigEndian.PutUint16(b[:], p.Hi+1)
+			w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
+		}
+	}
+	w.addresses(s.Addrs)
+	for i, n := range s.Names {
+		prefix, wild := strings.CutSuffix(n, "*")
+		end := after(ifnameKey(n))
+		if wild {
+			end = ifnameKey(string(after([]byte(prefix))))
+		}
+		w.element(ifnameKey(prefix), 0, target(i), w.left)
+		if s.Interval {
+			w.element(end, unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
+		}
+	}
+	for i, c := range s.Codes {
+		key := []byte{byte(c)}
+		if s.Type == rules.TypeFibAddr {
+			key = binary.NativeEndian.AppendUint32(nil, c)
+		}
+		w.element(key, 0, target(i), w.left)
+	}
+	w.flush()
+}
+
+// addresses writes ranges of a set without targets.
+func (w *elementWriter) addresses(ranges []rules.AddrRange) {
+	for _, r := range ranges {
+		if r.Lo.Is4() {
+			b := r.Lo.As4()
+			w.element(b[:], 0, "", w.left)
+			if end, ok := endOf(r.Hi); ok && w.set.Interval {
+				b = end.As4()
+				w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
+			}
+			continue
+		}
+		b := r.Lo.As16()
+		w.element(b[:], 0, "", w.left)
+		if end, ok := endOf(r.Hi); ok && w.set.Interval {
+			b = end.As16()
+			w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
+		}
+	}
+}
+
+// endOf is the address after the last one of a range; false when there is none.
+func endOf(last netip.Addr) (netip.Addr, bool) {
+	end := last.Next()
+	return end, end.IsValid()
+}
+
+func (w *elementWriter) element(key []byte, flags uint32, target string, left time.Duration) {
+	if w.list > 0 && len(w.buf)-w.list > largestAttr {
+		w.flush()
+	}
+	if w.list == 0 {
+		w.begin()
+	}
+	w.buf = appendElement(w.buf, key, flags, target, left)
+}
+
+// raw writes elements that stand in canonical form.
+func (w *elementWriter) raw(list []element) {
+	for _, e := range list {
+		for _, b := range []string{e.start, e.end} {
+			if b == "" {
+				continue
+			}
+			if w.list > 0 && len(w.buf)-w.list > largestAttr {
+				w.flush()
+			}
+			if w.list == 0 {
+				w.begin()
+			}
+			w.buf = nest(w.buf, unix.NFTA_LIST_ELEM, []byte(b))
+		}
+	}
+	w.flush()
+}
+
+func (w *elementWriter) begin() {
+	w.buf = attrString(make([]byte, 0, cap(w.buf)), unix.NFTA_SET_ELEM_LIST_TABLE, w.table)
+	w.buf = attrString(w.buf, unix.NFTA_SET_ELEM_LIST_SET, w.set.Name)
+	w.list = len(w.buf)
+	w.buf = append(w.buf, 0, 0, 0, 0)
+}
+
+func (w *elementWriter) flush() {
+	if w.list == 0 {
+		return
+	}
+	ne := binary.NativeEndian
+	ne.PutUint16(w.buf[w.list:], uint16(len(w.buf)-w.list))
+	ne.PutUint16(w.buf[w.list+2:], unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
+	w.out = append(w.out, message{w.typ, w.flags, w.buf, w.what + " of set " + w.set.Name})
+	w.list = 0
+}
+
+// appendElement writes one element; a left above 0 is when it vanishes by itself.
+func appendElement(b, key []byte, flags uint32, target string, left time.Duration) []byte {
+	open := func(typ uint16) int {
+		b = binary.NativeEndian.AppendUint16(b, 0)
+		b = binary.NativeEndian.AppendUint16(b, typ|unix.NLA_F_NESTED)
+		return len(b) - 4
+	}
+	shut := func(at int) { binary.NativeEndian.PutUint16(b[at:], uint16(len(b)-at)) }
+	el := open(unix.NFTA_LIST_ELEM)
+	k := open(unix.NFTA_SET_ELEM_KEY)
+	b = attr(b, unix.NFTA_DATA_VALUE, key)
+	shut(k)
+	if flags != 0 {
+		b = attr32(b, unix.NFTA_SET_ELEM_FLAGS, flags)
+	}
+	if left > 0 {
+		b = attr(b, unix.NFTA_SET_ELEM_TIMEOUT, binary.BigEndian.AppendUint64(nil, uint64(max(left.Milliseconds(), 1))))
+	}
+	if target != "" {
+		jump := int32(unix.NFT_JUMP)
+		data := open(unix.NFTA_SET_ELEM_DATA)
+		verdict := open(unix.NFTA_DATA_VERDICT)
+		b = attr32(b, unix.NFTA_VERDICT_CODE, uint32(jump))
+		b = attrString(b, unix.NFTA_VERDICT_CHAIN, target)
+		shut(verdict)
+		shut(data)
+	}
+	shut(el)
+	return b
+}
+
+// kernelCount is what the kernel counts of a set: of intervals their starts and
+// ends, halved.
+func kernelCount(s *rules.Set) int { return countOf(s, s.Addrs) }
+
+func countOf(s *rules.Set, ranges []rules.AddrRange) int {
+	n := len(ranges)
+	if n > 0 && s.Interval {
+		if _, ok := endOf(ranges[n-1].Hi); !ok {
+			n--
+		}
+	}
+	return n
+}
