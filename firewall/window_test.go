@@ -66,18 +66,24 @@ func (w *window) reloads(t *testing.T, n int, reload func(i int)) account {
 		pause  = 30 * time.Millisecond  // between two reloads
 		settle = 300 * time.Millisecond // more than a lost segment takes to come again
 	)
-	w.read()
+	before := w.read()
 	for i := 0; i < n; {
-		begun := time.Now()
+		begun, stall := time.Now(), time.Duration(0)
 		for range min(block, n-i) {
 			at := time.Now()
 			reload(i)
 			w.took = append(w.took, time.Since(at))
 			time.Sleep(pause)
 			i++
+			now := w.read()
+			stall = max(stall, now.Stall)
+			if now.Leaked > before.Leaked || now.Failures > before.Failures {
+				t.Logf("reload %d: %d answers of the closed port, %d failures", i, now.Leaked-before.Leaked, now.Failures-before.Failures)
+			}
+			before = now
 		}
 		time.Sleep(settle)
-		w.reloading = max(w.reloading, w.read().Stall)
+		w.reloading = max(w.reloading, stall, w.read().Stall)
 		time.Sleep(time.Since(begun))
 		w.quiet = max(w.quiet, w.read().Stall)
 	}
