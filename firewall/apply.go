@@ -40,7 +40,7 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 		if err != nil {
 			return Result{}, err
 		}
-		changes, spoiled, err := c.differences(is, wanted, want.ranges, Samples)
+		changes, spoiled, err := c.differences(is, wanted, want.ranges, applySamples)
 		if err != nil {
 			return Result{}, err
 		}
@@ -66,7 +66,7 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 		if err != nil {
 			return Result{}, fmt.Errorf("loaded, but not confirmed: %w", err)
 		}
-		left, _, err := c.differences(got, wanted, want.ranges, Samples)
+		left, _, err := c.differences(got, wanted, want.ranges, applySamples)
 		if err == nil && len(left) == 0 {
 			left, err = c.confirm(t)
 		}

@@ -23,6 +23,9 @@ import (
 // probability of 1 - Samples/n; every check draws anew.
 const Samples = 4096
 
+// applySamples is how many an apply looks up before and after it writes.
+const applySamples = 512
+
 // Everything makes a check look up every element of the large sets: about 7 s for
 // a million of them.
 const Everything = -1
@@ -71,11 +74,11 @@ func (c *Conn) contentOf(is *Snapshot) func(set string) []rules.AddrRange {
 // confirm looks up what a transaction changed in large sets.
 func (c *Conn) confirm(t *transaction) ([]Difference, error) {
 	for _, name := range sortedKeys(t.delta) {
-		d, err := c.lookUp(name, t.wanted.sets[name], sample(t.delta[name].missing, Samples), true)
+		d, err := c.lookUp(name, t.wanted.sets[name], sample(t.delta[name].missing, applySamples), true)
 		if err != nil || d != nil {
 			return d, err
 		}
-		for _, r := range sample(t.delta[name].gone, Samples) {
+		for _, r := range sample(t.delta[name].gone, applySamples) {
 			_, found := slices.BinarySearchFunc(t.sets[name].Addrs, r.Lo, func(m rules.AddrRange, a netip.Addr) int {
 				if m.Contains(a) {
 					return 0

@@ -373,9 +373,9 @@ func (m *model) random() *packet {
 	return p
 }
 
-// plainProtocols are those without ports that a packet may be of. Over IPv6 the
-// kernel takes an authentication header for an extension: what stands behind it
-// is the protocol.
+// plainProtocols are those without ports that a packet may be of. Over IPv6
+// conntrack looks behind an authentication header and calls what is not whole there
+// invalid.
 func (m *model) plainProtocols(v4 bool) []rules.Protocol {
 	list := []rules.Protocol{rules.ESP, rules.GRE, rules.VRRP, 89, 252, 253}
 	if v4 {

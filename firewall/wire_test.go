@@ -174,6 +174,7 @@ type packet struct {
 	code     byte   // of ICMP
 	body     []byte // behind the header of layer 4
 	badSum   bool
+	behind   *rules.Protocol // an extension header that stands before Protocol
 }
 
 // Bits of TCP flags (RFC 9293 3.1).
@@ -259,7 +260,18 @@ func (p *packet) transport() []byte {
 
 // bytes is the packet from its IP header on.
 func (p *packet) bytes() []byte {
-	b := p.transport()
+	b, next := p.transport(), byte(p.Protocol)
+	if p.behind != nil { // RFC 8200 4, RFC 4302 2
+		header := []byte{next, 0, 0, 0, 0, 0, 0, 0}
+		switch *p.behind {
+		case rules.AH:
+			header = append(header, 0, 0, 0, 1, 1, 2, 3, 4)
+			header[1], header[7] = 2, 1
+		case 0, 60:
+			header[2], header[3] = 1, 4 // padding
+		}
+		b, next = append(header, b...), byte(*p.behind)
+	}
 	ttl := p.HopLimit
 	if ttl == 0 {
 		ttl = 64
@@ -269,14 +281,14 @@ func (p *packet) bytes() []byte {
 		ip = append(ip, 0x45, 0)
 		ip = binary.BigEndian.AppendUint16(ip, uint16(20+len(b)))
 		ip = binary.BigEndian.AppendUint16(ip, p.id)
-		ip = append(ip, 0, 0, ttl, byte(p.Protocol), 0, 0)
+		ip = append(ip, 0, 0, ttl, next, 0, 0)
 		ip = append(append(ip, p.Src.AsSlice()...), p.Dst.AsSlice()...)
 		binary.BigEndian.PutUint16(ip[10:], checksum(ip))
 	} else {
 		ip = append(ip, 0x60, 0)
 		ip = binary.BigEndian.AppendUint16(ip, p.id)
 		ip = binary.BigEndian.AppendUint16(ip, uint16(len(b)))
-		ip = append(ip, byte(p.Protocol), ttl)
+		ip = append(ip, next, ttl)
 		ip = append(append(ip, p.Src.AsSlice()...), p.Dst.AsSlice()...)
 	}
 	return append(ip, b...)

@@ -141,7 +141,7 @@ func (r *Ruleset) Miss(t *Traffic, p Packet) string {
 	switch {
 	case !t.Expires.IsZero() && !p.At.Before(t.Expires):
 		return "expires"
-	case !t.Family.Has(p.Src.Is4()):
+	case !t.Family.Has(p.Src.Is4()) || !p.Src.Is4() && p.Protocol.isExtension() && !t.Any:
 		return "family"
 	case len(t.Interfaces) > 0 && !matchAny(t.Interfaces, p.In):
 		return "interfaces"

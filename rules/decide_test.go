@@ -98,3 +98,32 @@ func TestDecideReject(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 }
+
+// The kernel passes over extension headers of IPv6: only what takes everything
+// takes them.
+func TestExtensionsOverIPv6(t *testing.T) {
+	rs := compileText(t, "[open.opts]\nprotocol = [60, \"ah\"]\n[open.wire]\nprotocol = \"any\"\ninterfaces = \"wg0\"\n[block.routing]\nprotocol = 43\n")
+	for _, c := range []struct {
+		src, in string
+		p       Protocol
+		want    Outcome
+		rule    string
+	}{
+		{"192.0.2.9", "eth0", 60, OutcomeOpen, "opts"},
+		{"2001:db8::9", "eth0", 60, OutcomeFiltered, ""},
+		{"2001:db8::9", "wg0", 60, OutcomeOpen, "wire"},
+		{"192.0.2.9", "wg0", 43, OutcomeFiltered, "routing"},
+		{"2001:db8::9", "wg0", 43, OutcomeOpen, "wire"},
+		{"192.0.2.9", "eth0", AH, OutcomeOpen, "opts"},
+		{"2001:db8::9", "eth0", AH, OutcomeOpen, "opts"},
+	} {
+		p := Packet{In: c.in, Src: netip.MustParseAddr(c.src), Protocol: c.p}
+		if d := rs.Decide(p); d.Outcome != c.want || d.Rule != c.rule {
+			t.Errorf("%v from %s by %s: %v by %q, want %v by %q", c.p, c.src, c.in, d.Outcome, d.Rule, c.want, c.rule)
+		}
+	}
+	near := rs.Nearest(Packet{In: "eth0", Src: netip.MustParseAddr("2001:db8::9"), Protocol: 60})
+	if len(near) != 2 || near[0].Name != "opts" || near[0].Why != "takes protocol 60 only over ipv4" {
+		t.Errorf("nearest: %v", near)
+	}
+}

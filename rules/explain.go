@@ -65,6 +65,9 @@ func missed(field string, t *Traffic) string {
 	case "expires":
 		return "only until " + t.Expires.Format(time.RFC3339)
 	case "family":
+		if t.Family == Both {
+			return "only over ipv4" // an extension header of IPv6
+		}
 		return "only over " + t.Family.String()
 	case "interfaces":
 		return "only by " + strings.Join(t.Interfaces, ", ")

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"weak"
 
 	"pgregory.net/rapid"
 )
@@ -127,9 +129,70 @@ func TestSort6Property(t *testing.T) {
 	})
 }
 
+// Nothing is allocated line by line, and the text of a list is not kept, nor is
+// it by what is complained of.
+func TestListsAreReadFrugally(t *testing.T) {
+	const n = 50_000
+	for _, kind := range []string{"random", "v6", "mixed"} {
+		list := randomList(n, kind)
+		if got := testing.AllocsPerRun(1, func() { Parse("p.toml", []byte(listPolicy), oneFile(list)) }); got > n/10 {
+			t.Errorf("%s: %v allocations for %d lines", kind, got, n)
+		}
+	}
+	for _, last := range []string{"", "192.0.2.1/33 # bad"} {
+		list := append(randomList(n, "mixed"), last...)
+		text := weak.Make(&list[0])
+		p, problems := Parse("p.toml", []byte(listPolicy), oneFile(list))
+		if (p == nil) != (last != "") {
+			t.Fatal(problems)
+		}
+		list = nil
+		runtime.GC()
+		if text.Value() != nil {
+			t.Errorf("the text of a list that ends in %q is kept", last)
+		}
+		runtime.KeepAlive(p)
+		runtime.KeepAlive(problems)
+	}
+}
+
+// However a line ends, the last one too.
+func TestLineEnds(t *testing.T) {
+	for _, address := range []string{"192.0.2.1", "192.0.2.0/24", "::", "2001:db8::/32"} {
+		for _, end := range []string{"", " ", "\r", "\t# x", "#", "# x", "\n", "\r\n", " # x\r\n", "\n\n", "\n# x"} {
+			for _, next := range []string{"", "198.51.100.1", "2001:db9::1"} {
+				if next != "" && !strings.Contains(end, "\n") || strings.HasSuffix(end, "x") && next != "" {
+					continue
+				}
+				r := newReader(nil)
+				var l addrList
+				r.list("l", []byte(address+end+next), &l)
+				var want []AddrRange
+				for _, s := range []string{address, next} {
+					if a, bad := parseAddresses(s); bad == nil {
+						want = append(want, a)
+					}
+				}
+				if got := l.ranges(); !slices.Equal(got, mergeAddrs(want)) || r.errors > 0 {
+					t.Errorf("%q: %v", address+end+next, got)
+				}
+			}
+		}
+	}
+	// What follows an address on its line is an error, with its place.
+	for _, text := range []string{"192.0.2.1x", "192.0.2.1 x", "192.0.2.1/24/24", "::1x", "::1 ::2", "2001:db8::/32,"} {
+		r := newReader(nil)
+		var l addrList
+		r.list("l", []byte("192.0.2.9\n"+text), &l)
+		if p := r.problems(); len(p) != 1 || p[0].Pos.Line != 2 || len(l.ranges()) != 1 {
+			t.Errorf("%q: %v, %v", text, p, l.ranges())
+		}
+	}
+}
+
 // FuzzList reads any bytes as a list.
 func FuzzList(f *testing.F) {
-	for _, s := range []string{"", "192.0.2.1\n10.0.0.0/8 # x\r\n", "::1\n::/0\n1.2.3.4-1.2.3.9", "\ufeff\t1.2.3.4/33", "\xff\n@x\n;", "1.2.3.4 5.6.7.8"} {
+	for _, s := range []string{"", "192.0.2.1\n10.0.0.0/8 # x\r\n", "::1\n::/0\n1.2.3.4-1.2.3.9", "\ufeff\t1.2.3.4/33", "\xff\n@x\n;", "1.2.3.4 5.6.7.8", "::", "192.0.2.1", "192.0.2.1 ", "2001:db8::/32 #"} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, src []byte) {

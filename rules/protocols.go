@@ -16,6 +16,36 @@ type placedProtocol struct {
 // hasPorts reports whether a rule names ports of the protocol.
 func (p Protocol) hasPorts() bool { return p == TCP || p == UDP || p == SCTP }
 
+// isExtension reports whether the number is that of an IPv6 extension header, which
+// the kernel passes over: it judges by what stands behind. Over IPv4 it is a
+// protocol like others. An authentication header it judges in both families.
+func (p Protocol) isExtension() bool {
+	switch p {
+	case 0, 43, 44, 60: // hop-by-hop options, routing, fragment, destination options
+		return true
+	}
+	return false
+}
+
+// noExtensions complains of protocols that IPv6 has as extension headers: no
+// packet would ever match.
+func (o *rule) noExtensions(r *reader, v4, v6 bool) {
+	for _, p := range o.protocols {
+		if !v6 || p.any || !p.isExtension() {
+			continue
+		}
+		const why = "%s is an extension header of IPv6 and never matches there: what stands behind it is judged"
+		switch {
+		case !v4:
+			r.errorf(p.at, "name the protocols behind it", why, p.Protocol)
+		case len(o.protocols) == 1:
+			r.warnf(p.at, `write family = "ipv4"`, why, p.Protocol)
+		default:
+			r.warnf(p.at, `give it a table of its own with family = "ipv4"`, why, p.Protocol)
+		}
+	}
+}
+
 // protocolNumber gives the number of a protocol by the name a policy has for it.
 // Names of those that a policy seldom opens are for reading only.
 func protocolNumber(name string) (Protocol, bool) {

@@ -63,6 +63,7 @@ func (o *rule) meet(r *reader, d *draft) {
 		r.errorf(o.spot("to"), "name both of one family", "from and to cannot meet: every source is %s, every address in to %s", one, other)
 	default:
 		o.excepts(r, d)
+		o.noExtensions(r, o.Family.Has(true) && from4 && to4, o.Family.Has(false) && from6 && to6)
 	}
 }
 
