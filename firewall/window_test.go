@@ -157,6 +157,22 @@ func rotated(n, turn int) string {
 	return b.String()
 }
 
+// ranged makes the maps of ports interval maps: the kernel keeps those, and
+// replaces them, in another way.
+func ranged(turn int) string {
+	return fmt.Sprintf("[open.range]\nports = \"%d-%d\"\n", 50000+turn, 50010+turn)
+}
+
+// moved has a rule that lists the closed port for another source, and in the
+// next turn other ports for anybody: rules and sets must change at one instant.
+func moved(turn int, ports string) string {
+	rule := "[open.moves]\nports = 4444\nfrom = \"10.99.0.0/16\"\n"
+	if turn%2 == 1 {
+		rule = "[open.moves]\nports = \"" + ports + "\"\n"
+	}
+	return rotated(200, turn) + rule
+}
+
 // few is rotated, but that most rules stay as they are.
 func few(n, turn int) string {
 	return rotated(n-2, 0) + fmt.Sprintf("[open.more]\nports = [%d]\nfrom = \"10.9.9.%d\"\n[open.most]\nports = %d\n", 40000+turn, turn+1, 41000+turn)
@@ -229,8 +245,12 @@ func TestSoakNoWindow(t *testing.T) {
 		{"10 rules", 6, func(turn int) string { return rotated(10, turn) }},
 		{"1000 rules", 6, func(turn int) string { return rotated(1000, turn) }},
 		{"5000 rules", 3, func(turn int) string { return rotated(5000, turn) }},
+		{"5000 rules and a range", 3, func(turn int) string { return rotated(4999, turn) + ranged(turn) }},
 		{"few of 5000 rules", 3, func(turn int) string { return few(5000, turn) }},
 		{"everything at once", 12, mixed},
+		{"a rule leaves the closed port, single ports", 2, func(turn int) string { return moved(turn, "4500") }},
+		{"a rule leaves the closed port, ranges", 2, func(turn int) string { return moved(turn, "4500-4510") + ranged(turn) }},
+		{"a rule leaves the closed port, ranges that touch", 2, func(turn int) string { return moved(turn, "4440-4443") + ranged(turn) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			all := turns(t, tt.turns, tt.policy)
