@@ -386,13 +386,18 @@ func TestChangedLimitEmptiesItsMeter(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		c := dial(t)
 		mustApply(t, c, ruleset(t, policy(10)))
-		nft(t, "add element inet deadlight open_a_rate4 { 192.0.2.1 }")
+		nft(t, "add element inet deadlight open_a_rate4 { 192.0.2.1 limit rate 10/minute burst 5 packets }")
 		held := func() bool {
 			return strings.Contains(nft(t, "list", "set", "inet", "deadlight", "open_a_rate4"), "192.0.2.1")
 		}
 		mustApply(t, c, ruleset(t, policy(10)+"[open.b]\nports = 81\n"))
 		if !held() {
 			t.Error("a reload that did not change the limit emptied the meter")
+		}
+		// Without the limit of the rule it would admit its source without end.
+		nft(t, "add element inet deadlight open_a_rate4 { 192.0.2.2 }")
+		if res := mustApply(t, c, ruleset(t, policy(10)+"[open.b]\nports = 81\n")); len(res.Changed) != 1 || res.Changed[0].Kind != "element" || held() {
+			t.Errorf("an element put into a meter by hand: %v", res.Changed)
 		}
 		mustApply(t, c, ruleset(t, policy(20)))
 		if held() {

@@ -34,6 +34,18 @@ type message struct {
 	flags uint16 // NLM_F_* beyond NLM_F_REQUEST
 	attrs []byte
 	what  string // for people: what the message changes
+	// write appends the attributes instead, size of them at most: a million
+	// elements are encoded once, where they are sent from.
+	write func(b []byte) []byte
+	size  int
+}
+
+// body gives the attributes.
+func (m message) body() []byte {
+	if m.write != nil {
+		return m.write(nil)
+	}
+	return m.attrs
 }
 
 const (
@@ -156,16 +168,21 @@ func (c *Conn) Close() error {
 
 // append writes one message, of the inet family but for the batch marks.
 func (c *Conn) append(b []byte, typ, flags uint16, family byte, resource uint16, attrs []byte) []byte {
+	return c.appendWith(b, typ, flags, family, resource, func(b []byte) []byte { return append(b, attrs...) })
+}
+
+func (c *Conn) appendWith(b []byte, typ, flags uint16, family byte, resource uint16, attrs func(b []byte) []byte) []byte {
 	c.seq++
-	ne := binary.NativeEndian
-	b = ne.AppendUint32(b, uint32(headers+len(attrs)))
+	ne, start := binary.NativeEndian, len(b)
+	b = ne.AppendUint32(b, 0)
 	b = ne.AppendUint16(b, typ)
 	b = ne.AppendUint16(b, flags|unix.NLM_F_REQUEST)
 	b = ne.AppendUint32(b, c.seq)
 	b = ne.AppendUint32(b, 0)
 	b = append(b, family, unix.NFNETLINK_V0)
 	b = binary.BigEndian.AppendUint16(b, resource)
-	b = append(b, attrs...)
+	b = attrs(b)
+	ne.PutUint32(b[start:], uint32(len(b)-start))
 	for len(b)%4 != 0 {
 		b = append(b, 0)
 	}
@@ -356,14 +373,18 @@ const nfnlBatchGenID = 1 // NFNL_BATCH_GENID, uapi/linux/netfilter/nfnetlink.h
 func (c *Conn) transact(generation uint32, msgs []message) error {
 	size := 2*headers + 8
 	for _, m := range msgs {
-		size += headers + (len(m.attrs)+3)&^3
+		size += headers + (len(m.attrs)+m.size+3)&^3
 	}
 	b := make([]byte, 0, size)
 	b = c.append(b, unix.NFNL_MSG_BATCH_BEGIN, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES,
 		attr(nil, nfnlBatchGenID, binary.BigEndian.AppendUint32(nil, generation)))
 	begin := c.seq
 	for _, m := range msgs {
-		b = c.append(b, nftType(m.typ), m.flags, unix.NFPROTO_INET, 0, m.attrs)
+		if m.write != nil {
+			b = c.appendWith(b, nftType(m.typ), m.flags, unix.NFPROTO_INET, 0, m.write)
+		} else {
+			b = c.append(b, nftType(m.typ), m.flags, unix.NFPROTO_INET, 0, m.attrs)
+		}
 	}
 	// The ack of the end comes only when the whole batch was committed.
 	b = c.append(b, unix.NFNL_MSG_BATCH_END, unix.NLM_F_ACK, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, nil)

@@ -123,6 +123,10 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 		set := s.set(attrText(attrs, unix.NFTA_SET_ELEM_LIST_SET))
 		for _, el := range attributes(attrOf(attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
 			e := element{start: form(el, elementShape)}
+			if set.is(unix.NFT_SET_EVAL) {
+				set.elements = append(set.elements, e)
+				continue
+			}
 			if left := timeLeft(el); left > 0 {
 				e.vanishes = true
 				end := s.at.Add(left)
@@ -174,6 +178,8 @@ func objectKind(typ uint32) string {
 		return "counter"
 	case unix.NFT_OBJECT_LIMIT:
 		return "limit"
+	case unix.NFT_OBJECT_QUOTA:
+		return "quota"
 	}
 	return fmt.Sprintf("object of type %d", typ)
 }
@@ -213,7 +219,12 @@ func (s *Snapshot) finish() {
 		})
 		out := set.elements[:0]
 		for _, e := range list {
-			if n := len(out) - 1; set.is(unix.NFT_SET_INTERVAL) && e.end && n >= 0 && out[n].end == "" && !out[n].isEnd() {
+			n := len(out) - 1
+			switch {
+			case !set.is(unix.NFT_SET_INTERVAL) || !e.end:
+			case n < 0:
+				continue // it ends nothing: nft writes one at zero
+			case out[n].end == "" && !out[n].isEnd():
 				out[n].end = e.start
 				continue
 			}
@@ -228,7 +239,7 @@ func meant(e *encoded, now time.Time) (*Snapshot, error) {
 	s := newSnapshot()
 	s.at = now
 	for _, m := range e.small() {
-		if err := s.add(m.typ, m.attrs); err != nil {
+		if err := s.add(m.typ, m.body()); err != nil {
 			return nil, err
 		}
 	}
@@ -311,8 +322,7 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 	}
 	s.takeMarks()
 	for _, name := range sortedKeys(s.sets) {
-		// What a meter holds is no part of a ruleset.
-		if set := s.sets[name]; set.is(unix.NFT_SET_EVAL) || set.large != nil {
+		if s.sets[name].large != nil {
 			continue
 		}
 		q := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
@@ -328,8 +338,45 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 	if now.ID != gen.ID {
 		return nil, errTorn
 	}
+	s.forgetCounted()
 	s.finish()
 	return s, nil
+}
+
+// forgetCounted leaves out what packets put into meters, which is no part of a
+// ruleset: elements with the limit that a rule gives them. Others come from
+// somebody who lifts the limit for an address.
+func (s *Snapshot) forgetCounted() {
+	given := map[string]map[string]bool{} // the limits that rules give, by meter
+	for _, ch := range s.chains {
+		for _, r := range ch.rules {
+			for _, e := range expressions(attrOf([]byte(r), unix.NFTA_RULE_EXPRESSIONS)) {
+				if e.name != "dynset" {
+					continue
+				}
+				meter := attrText(e.data, unix.NFTA_DYNSET_SET_NAME)
+				if given[meter] == nil {
+					given[meter] = map[string]bool{}
+				}
+				given[meter][limitsOf(e.data, walkDynsetExprs, unix.NFTA_DYNSET_EXPR)] = true
+			}
+		}
+	}
+	for name, set := range s.sets {
+		if set.is(unix.NFT_SET_EVAL) {
+			set.elements = slices.DeleteFunc(set.elements, func(e element) bool {
+				return given[name][limitsOf([]byte(e.start), walkElemExprs, unix.NFTA_SET_ELEM_EXPR)]
+			})
+		}
+	}
+}
+
+// limitsOf gives the canonical form of what is counted for an element.
+func limitsOf(attrs []byte, list, single uint16) string {
+	if e := attrOf(attrs, single); e != nil {
+		return string(canonical(nil, e, exprShape))
+	}
+	return string(canonical(nil, attrOf(attrs, list), exprsShape))
 }
 
 // takeMarks learns from the marks of the table which content its large sets were

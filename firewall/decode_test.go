@@ -14,7 +14,7 @@ func FuzzDecode(f *testing.F) {
 		f.Fatal(err)
 	}
 	for _, m := range e.all() {
-		f.Add(m.typ, m.attrs)
+		f.Add(m.typ, m.body())
 	}
 	f.Fuzz(func(t *testing.T, typ uint16, attrs []byte) {
 		s := newSnapshot()

@@ -53,7 +53,7 @@ func Diff(is, wanted *Snapshot) []Difference {
 			if a.definition != b.definition {
 				out = append(out, Difference{"change", "chain", name, chainText([]byte(a.definition)), chainText([]byte(b.definition))})
 			}
-			return append(out, diffRules(name, a.rules, b.rules)...)
+			return append(out, diffRules(name, a.rules, b.rules, is.ruleText, wanted.ruleText)...)
 		})...)
 	out = append(out, diffMaps("set", is.sets, wanted.sets, (*setState).String, func(name string, a, b *setState) []Difference {
 		return diffSets(name, a, b.aged(is.at, a))
@@ -149,13 +149,27 @@ func diffMaps[V any](kind string, is, wanted map[string]V, text func(V) string, 
 	return out
 }
 
+// ruleText writes a rule of the table, anonymous sets by what they hold.
+func (s *Snapshot) ruleText(rule string) string {
+	return ruleTextOf(unix.NFPROTO_INET, []byte(rule), func(name string) []string {
+		set := s.sets[name]
+		if set == nil || !set.is(unix.NFT_SET_ANONYMOUS) {
+			return nil
+		}
+		var out []string
+		for _, e := range set.elements {
+			out = append(out, elementText([]byte(set.definition), []byte(e.start), []byte(e.end)))
+		}
+		return out
+	})
+}
+
 // diffRules aligns two lists of rules and names those that stand in one only. Two
 // of them at one place with one comment are a change.
-func diffRules(chain string, is, wanted []string) []Difference {
+func diffRules(chain string, is, wanted []string, before, after func(string) string) []Difference {
 	place := func(i int, r string) string {
 		return fmt.Sprintf("%d of chain %s (%q)", i+1, chain, comment([]byte(r)))
 	}
-	text := func(r string) string { return ruleText([]byte(r)) }
 	first := 0
 	for first < len(is) && first < len(wanted) && is[first] == wanted[first] {
 		first++
@@ -171,13 +185,13 @@ func diffRules(chain string, is, wanted []string) []Difference {
 	for _, c := range append(common, [2]int{len(a), len(b)}) {
 		// What both lists hold between two common rules, side by side.
 		for ; i < c[0] && k < c[1] && comment([]byte(a[i])) == comment([]byte(b[k])); i, k = i+1, k+1 {
-			out = append(out, Difference{"change", "rule", place(first+i, a[i]), text(a[i]), text(b[k])})
+			out = append(out, Difference{"change", "rule", place(first+i, a[i]), before(a[i]), after(b[k])})
 		}
 		for ; i < c[0]; i++ {
-			out = append(out, Difference{"remove", "rule", place(first+i, a[i]), text(a[i]), ""})
+			out = append(out, Difference{"remove", "rule", place(first+i, a[i]), before(a[i]), ""})
 		}
 		for ; k < c[1]; k++ {
-			out = append(out, Difference{"add", "rule", place(first+k, b[k]), "", text(b[k])})
+			out = append(out, Difference{"add", "rule", place(first+k, b[k]), "", after(b[k])})
 		}
 		i, k = c[0]+1, c[1]+1
 	}
@@ -292,9 +306,9 @@ func (s *Snapshot) users(set string) []string {
 }
 
 // meterStays reports whether a meter keeps what it has counted: none of its rules
-// changed. Its elements carry the limit they were made with, so a changed one
+// changed, and nobody put elements there. Its elements carry the limit they were made with, so a changed one
 // must begin anew.
 func meterStays(name string, is, wanted *Snapshot) bool {
 	a, b := is.sets[name], wanted.sets[name]
-	return b != nil && a.is(unix.NFT_SET_EVAL) && a.definition == b.definition && slices.Equal(is.users(name), wanted.users(name))
+	return b != nil && a.is(unix.NFT_SET_EVAL) && a.definition == b.definition && len(a.elements) == 0 && slices.Equal(is.users(name), wanted.users(name))
 }

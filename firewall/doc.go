@@ -7,6 +7,9 @@
 // hooked and no packet finds the host open in between. Success means that the
 // table was read back and is what was meant.
 //
+// What was applied is kept in a directory, whole at every instant, so that the
+// kernel can be held against it: see [State].
+//
 // It never runs another program and never touches a network namespace but the
 // one it was dialled in.
 package firewall

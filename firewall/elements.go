@@ -3,6 +3,7 @@ package firewall
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -12,8 +13,7 @@ import (
 )
 
 // elementWriter writes the elements of a set into as many messages as the 64 KiB
-// of an attribute ask for. A million elements go through it: it appends to one
-// buffer and allocates nothing per element.
+// of an attribute ask for.
 type elementWriter struct {
 	table string
 	set   *rules.Set
@@ -69,24 +69,56 @@ func (w *elementWriter) all() {
 	w.flush()
 }
 
-// addresses writes ranges of a set without targets.
+// rangesPerMessage ranges of IPv6 addresses, the longest, fit into one message:
+// 28 bytes for the start and 36 for the end of each.
+const (
+	rangesPerMessage = 1000
+	rangeBytes       = 28 + 36
+)
+
+// addresses writes ranges of a set without targets. Of many the messages are
+// written only when they are sent.
 func (w *elementWriter) addresses(ranges []rules.AddrRange) {
-	for _, r := range ranges {
-		if r.Lo.Is4() {
-			b := r.Lo.As4()
-			w.element(b[:], 0, "", w.left)
-			if end, ok := endOf(r.Hi); ok && w.set.Interval {
-				b = end.As4()
-				w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
-			}
-			continue
+	if len(ranges) <= rangesPerMessage {
+		for _, r := range ranges {
+			w.addressRange(r)
 		}
-		b := r.Lo.As16()
+		return
+	}
+	w.flush()
+	for part := range slices.Chunk(ranges, rangesPerMessage) {
+		later := &elementWriter{table: w.table, set: w.set, left: w.left}
+		w.out = append(w.out, message{
+			typ: w.typ, flags: w.flags, what: w.what + " of set " + w.set.Name, size: len(part)*rangeBytes + 128,
+			write: func(b []byte) []byte {
+				later.begin(b)
+				for _, r := range part {
+					later.addressRange(r)
+				}
+				later.end()
+				return later.buf
+			},
+		})
+	}
+}
+
+func (w *elementWriter) addressRange(r rules.AddrRange) {
+	end, ok := endOf(r.Hi)
+	ok = ok && w.set.Interval
+	if r.Lo.Is4() {
+		b := r.Lo.As4()
 		w.element(b[:], 0, "", w.left)
-		if end, ok := endOf(r.Hi); ok && w.set.Interval {
-			b = end.As16()
+		if ok {
+			b = end.As4()
 			w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
 		}
+		return
+	}
+	b := r.Lo.As16()
+	w.element(b[:], 0, "", w.left)
+	if ok {
+		b = end.As16()
+		w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
 	}
 }
 
@@ -97,12 +129,7 @@ func endOf(last netip.Addr) (netip.Addr, bool) {
 }
 
 func (w *elementWriter) element(key []byte, flags uint32, target string, left time.Duration) {
-	if w.list > 0 && len(w.buf)-w.list > largestAttr {
-		w.flush()
-	}
-	if w.list == 0 {
-		w.begin()
-	}
+	w.room()
 	w.buf = appendElement(w.buf, key, flags, target, left)
 }
 
@@ -110,37 +137,45 @@ func (w *elementWriter) element(key []byte, flags uint32, target string, left ti
 func (w *elementWriter) raw(list []element) {
 	for _, e := range list {
 		for _, b := range []string{e.start, e.end} {
-			if b == "" {
-				continue
+			if b != "" {
+				w.room()
+				w.buf = nest(w.buf, unix.NFTA_LIST_ELEM, []byte(b))
 			}
-			if w.list > 0 && len(w.buf)-w.list > largestAttr {
-				w.flush()
-			}
-			if w.list == 0 {
-				w.begin()
-			}
-			w.buf = nest(w.buf, unix.NFTA_LIST_ELEM, []byte(b))
 		}
 	}
 	w.flush()
 }
 
-func (w *elementWriter) begin() {
-	w.buf = attrString(make([]byte, 0, cap(w.buf)), unix.NFTA_SET_ELEM_LIST_TABLE, w.table)
+// room begins a message where there is none, or none with room.
+func (w *elementWriter) room() {
+	if w.list > 0 && len(w.buf)-w.list > largestAttr {
+		w.flush()
+	}
+	if w.list == 0 {
+		w.begin(nil)
+	}
+}
+
+func (w *elementWriter) begin(b []byte) {
+	w.buf = attrString(b, unix.NFTA_SET_ELEM_LIST_TABLE, w.table)
 	w.buf = attrString(w.buf, unix.NFTA_SET_ELEM_LIST_SET, w.set.Name)
 	w.list = len(w.buf)
 	w.buf = append(w.buf, 0, 0, 0, 0)
+}
+
+func (w *elementWriter) end() {
+	ne := binary.NativeEndian
+	ne.PutUint16(w.buf[w.list:], uint16(len(w.buf)-w.list))
+	ne.PutUint16(w.buf[w.list+2:], unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
+	w.list = 0
 }
 
 func (w *elementWriter) flush() {
 	if w.list == 0 {
 		return
 	}
-	ne := binary.NativeEndian
-	ne.PutUint16(w.buf[w.list:], uint16(len(w.buf)-w.list))
-	ne.PutUint16(w.buf[w.list+2:], unix.NFTA_SET_ELEM_LIST_ELEMENTS|unix.NLA_F_NESTED)
-	w.out = append(w.out, message{w.typ, w.flags, w.buf, w.what + " of set " + w.set.Name})
-	w.list = 0
+	w.end()
+	w.out = append(w.out, message{typ: w.typ, flags: w.flags, attrs: w.buf, what: w.what + " of set " + w.set.Name})
 }
 
 // appendElement writes one element; a left above 0 is when it vanishes by itself.

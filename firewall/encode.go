@@ -30,13 +30,13 @@ const nfTableComment userdata.Type = 0
 // they are asked for: most of the time they are in the kernel already.
 type encoded struct {
 	table   message
-	objects []named // counters and limits
+	objects []encodedObject // counters and limits
 	chains  []encodedChain
 	sets    []encodedSet
 	now     time.Time
 }
 
-type named struct {
+type encodedObject struct {
 	name string // kind and name
 	message
 }
@@ -109,7 +109,7 @@ func encode(t *rules.Table, now time.Time) (*encoded, error) {
 	b = attr(b, nftaTableUserdata, userdata.AppendString(nil, nfTableComment, t.Comment))
 	// Flags of 0 wake up a table that somebody made dormant.
 	b = attr32(b, unix.NFTA_TABLE_FLAGS, 0)
-	e.table = message{unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, b, "table inet " + t.Name}
+	e.table = message{typ: unix.NFT_MSG_NEWTABLE, flags: unix.NLM_F_CREATE, attrs: b, what: "table inet " + t.Name}
 	for _, name := range t.Counters {
 		e.objects = append(e.objects, encodeCounter(t.Name, name))
 	}
@@ -133,15 +133,15 @@ func encode(t *rules.Table, now time.Time) (*encoded, error) {
 	return e, nil
 }
 
-func encodeCounter(table, name string) named {
+func encodeCounter(table, name string) encodedObject {
 	b := attrString(nil, unix.NFTA_OBJ_TABLE, table)
 	b = attrString(b, unix.NFTA_OBJ_NAME, name)
 	b = attr32(b, unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_COUNTER)
 	b = nest(b, unix.NFTA_OBJ_DATA, nil)
-	return named{"counter " + name, message{unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, b, "counter " + name}}
+	return encodedObject{"counter " + name, message{typ: unix.NFT_MSG_NEWOBJ, flags: unix.NLM_F_CREATE, attrs: b, what: "counter " + name}}
 }
 
-func encodeLimit(table string, l rules.Limit) named {
+func encodeLimit(table string, l rules.Limit) encodedObject {
 	limit := limitOf(l.Rate)
 	data := attr(nil, unix.NFTA_LIMIT_RATE, binary.BigEndian.AppendUint64(nil, limit.Rate))
 	data = attr(data, unix.NFTA_LIMIT_UNIT, binary.BigEndian.AppendUint64(nil, uint64(limit.Unit)))
@@ -151,7 +151,7 @@ func encodeLimit(table string, l rules.Limit) named {
 	b = attrString(b, unix.NFTA_OBJ_NAME, l.Name)
 	b = attr32(b, unix.NFTA_OBJ_TYPE, unix.NFT_OBJECT_LIMIT)
 	b = nest(b, unix.NFTA_OBJ_DATA, data)
-	return named{"limit " + l.Name, message{unix.NFT_MSG_NEWOBJ, unix.NLM_F_CREATE, b, "limit " + l.Name}}
+	return encodedObject{"limit " + l.Name, message{typ: unix.NFT_MSG_NEWOBJ, flags: unix.NLM_F_CREATE, attrs: b, what: "limit " + l.Name}}
 }
 
 func limitOf(r rules.Rate) *expr.Limit {
@@ -179,7 +179,7 @@ func encodeChain(table string, ch *rules.Chain) message {
 		b = attr32(b, unix.NFTA_CHAIN_POLICY, policy)
 		b = attrString(b, unix.NFTA_CHAIN_TYPE, "filter")
 	}
-	return message{unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, b, "chain " + ch.Name}
+	return message{typ: unix.NFT_MSG_NEWCHAIN, flags: unix.NLM_F_CREATE, attrs: b, what: "chain " + ch.Name}
 }
 
 func dataType(t rules.SetType) nftables.SetDatatype {
@@ -233,7 +233,7 @@ func encodeSet(table string, s *rules.Set, id uint32) message {
 		order = hostEndian
 	}
 	b = attr(b, unix.NFTA_SET_USERDATA, userdata.AppendUint32(nil, userdata.NFTNL_UDATA_SET_KEYBYTEORDER, order))
-	return message{unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, b, "set " + s.Name}
+	return message{typ: unix.NFT_MSG_NEWSET, flags: unix.NLM_F_CREATE, attrs: b, what: "set " + s.Name}
 }
 
 // ifnameKey is a name as meta iifname loads it: IFNAMSIZ bytes, zero-padded.
@@ -277,7 +277,10 @@ func encodeRule(t *rules.Table, chain string, r rules.Rule) (message, error) {
 	if r.Comment != "" {
 		b = attr(b, unix.NFTA_RULE_USERDATA, userdata.AppendString(nil, userdata.TypeComment, r.Comment))
 	}
-	return message{unix.NFT_MSG_NEWRULE, unix.NLM_F_CREATE | unix.NLM_F_APPEND, b, fmt.Sprintf("rule %q in chain %s", r.Comment, chain)}, nil
+	return message{
+		typ: unix.NFT_MSG_NEWRULE, flags: unix.NLM_F_CREATE | unix.NLM_F_APPEND, attrs: b,
+		what: fmt.Sprintf("rule %q in chain %s", r.Comment, chain),
+	}, nil
 }
 
 // ruleWriter turns the parts of a rule into kernel expressions. Like nft, it

@@ -153,7 +153,7 @@ func TestOnlyWhatChangedIsSent(t *testing.T) {
 			c.Known = knownFrom(rs)
 			tr := &transaction{table: rules.TableName, is: is, wanted: wanted, want: want, known: c.contentOf(is)}
 			for _, m := range tr.messages() {
-				n += len(m.attrs)
+				n += len(m.body())
 			}
 			return n
 		}

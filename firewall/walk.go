@@ -1,7 +1,6 @@
 package firewall
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -95,44 +94,11 @@ func Compare(d rules.Decision, j *Journey) (same bool, first *Step) {
 // Hooks and their order are those of net/netfilter/core.c and
 // uapi/linux/netfilter_ipv4.h.
 func (c *Conn) Walk(p rules.Packet) (*Journey, error) {
-	const tries = 10
-	for range tries {
-		j, err := c.walk(p)
-		if errors.Is(err, errTorn) {
-			continue // somebody wrote while we read
-		}
-		if err != nil {
-			return nil, fmt.Errorf("walk the ruleset: %w", err)
-		}
-		return j, nil
-	}
-	return nil, fmt.Errorf("walk the ruleset: %w", errTorn)
-}
-
-func (c *Conn) walk(p rules.Packet) (*Journey, error) {
-	gen, err := c.Generation()
+	all, err := c.WalkAll([]rules.Packet{p})
 	if err != nil {
 		return nil, err
 	}
-	k, err := c.liveRules()
-	if err != nil {
-		return nil, err
-	}
-	host, notes := c.lookAround()
-	w := newWalker(k, host, p, c)
-	w.notes = notes
-	j := w.run()
-	if w.err != nil {
-		return nil, w.err
-	}
-	now, err := c.Generation()
-	if err != nil {
-		return nil, err
-	}
-	if now.ID != gen.ID {
-		return nil, errTorn
-	}
-	return j, nil
+	return all[0], nil
 }
 
 // Priorities of the kernel's own hooks (uapi/linux/netfilter_ipv4.h).
