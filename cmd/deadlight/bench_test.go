@@ -146,9 +146,9 @@ func prefixes(n int, six func(i int) bool) [][]byte {
 	out := make([][]byte, n)
 	for i := range out {
 		var p netip.Prefix
-		if six(i) {
-			p = netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, byte(i >> 16), byte(i >> 8), byte(i), 0}), 56)
-		} else { // every other /28 of 16.0.0.0/3
+		if six(i) { // every other /56
+			p = netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, byte(i >> 15), byte(i >> 7), byte(i << 1), 0}), 56)
+		} else { // every other /28
 			a := uint32(1<<28) + uint32(i)<<5
 			p = netip.PrefixFrom(netip.AddrFrom4([4]byte{byte(a >> 24), byte(a >> 16), byte(a >> 8), byte(a)}), 28)
 		}
