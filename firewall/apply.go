@@ -51,7 +51,8 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 			changed = changes
 		}
 		t := &transaction{table: rs.Table.Name, is: is, wanted: wanted, want: want, afresh: afresh, known: c.contentOf(is), spoiled: spoiled}
-		err = c.transact(is.Generation.ID, t.messages())
+		msgs := t.messages()
+		err = c.hushed(msgs, func() error { return c.transact(is.Generation.ID, msgs) })
 		var refused *TransactionError
 		switch {
 		case errors.Is(err, ErrStale):

@@ -20,6 +20,9 @@ type Conn struct {
 	// digest of its content, or nil: what was applied last. With it a changed list
 	// is sent as its changes, and a check can look elements up. It may be nil.
 	Known func(set, digest string) []rules.AddrRange
+	// Hush is called before a transaction of many elements, and done after it: for
+	// whom listens, the kernel makes an event of each. It may be nil.
+	Hush func(elements int) (done func() error, err error)
 
 	fd  int
 	ns  *os.File // kept open: a freed fd number could come to mean another namespace
@@ -339,9 +342,11 @@ func (c *Conn) send(b []byte) error {
 
 // Generation counts the transactions of a namespace, of every program.
 type Generation struct {
-	ID   uint32
-	PID  uint32 // of the process that made the last one
-	Comm string // its name
+	ID uint32
+	// PID and Comm are of the process that made it, when a [Monitor] hears of it;
+	// to a question the kernel answers with the one who asks.
+	PID  uint32
+	Comm string
 }
 
 // Generation asks for the current generation.

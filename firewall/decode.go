@@ -289,12 +289,28 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 	s.Generation, s.at = gen, time.Now()
 	into := func(r reply) error { return s.add(r.typ, r.attrs) }
 	err = c.ask(unix.NFT_MSG_GETTABLE, 0, unix.NFPROTO_INET, attrString(nil, unix.NFTA_TABLE_NAME, table), into)
-	if errors.Is(err, unix.ENOENT) {
-		return s, nil
+	absent := errors.Is(err, unix.ENOENT)
+	if err == nil {
+		err = c.contents(s, table)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return nil, err
 	}
+	now, genErr := c.Generation()
+	if genErr != nil {
+		return nil, genErr
+	}
+	if now.ID != gen.ID || err != nil && !absent { // or what was listed went away meanwhile
+		return nil, errTorn
+	}
+	s.forgetCounted()
+	s.finish()
+	return s, nil
+}
+
+// contents reads what is in the table.
+func (c *Conn) contents(s *Snapshot, table string) error {
+	into := func(r reply) error { return s.add(r.typ, r.attrs) }
 	// The dumps may be of all tables of the family: only ours is kept.
 	name := append([]byte(table), 0)
 	only := func(tableAttr uint16) func(reply) error {
@@ -317,7 +333,7 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 	}
 	for _, d := range dumps {
 		if err := c.dump(d.typ, attrString(nil, d.table, table), only(d.table)); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	s.takeMarks()
@@ -328,19 +344,10 @@ func (c *Conn) snapshot(table string) (*Snapshot, error) {
 		q := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
 		q = attrString(q, unix.NFTA_SET_ELEM_LIST_SET, name)
 		if err := c.dump(unix.NFT_MSG_GETSETELEM, q, into); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	now, err := c.Generation()
-	if err != nil {
-		return nil, err
-	}
-	if now.ID != gen.ID {
-		return nil, errTorn
-	}
-	s.forgetCounted()
-	s.finish()
-	return s, nil
+	return nil
 }
 
 // forgetCounted leaves out what packets put into meters, which is no part of a

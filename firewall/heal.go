@@ -31,6 +31,8 @@ type Applied interface {
 	Target() (*Target, error)
 	// TryLock keeps applies out; ok is false while one is at work.
 	TryLock() (unlock func() error, ok bool, err error)
+	// Hushed reports whether an apply asks nobody to listen for events.
+	Hushed() (bool, error)
 }
 
 // Guard compares the table in the kernel with what was last applied: at first,
@@ -65,6 +67,7 @@ type Guard struct {
 	stuck  *Target      // it cannot be put back, or not wholly
 	rest   []Difference // what stays different after a heal of stuck
 	failed string       // the last error that was reported
+	deaf   bool         // an apply asked us not to listen
 }
 
 // GuardOptions are set before Run.
@@ -128,6 +131,7 @@ const (
 	noisyMost = 200 * time.Millisecond
 	busyWait  = 50 * time.Millisecond // for an apply that is at work
 	failWait  = time.Second
+	hushEvery = 100 * time.Millisecond
 )
 
 // NewGuard dials in the namespace that [Dial] would go to.
@@ -145,6 +149,7 @@ func newGuard(ns *os.File, applied Applied, o GuardOptions, buffer int) (_ *Guar
 	if g.conn, err = Dial(ns); err != nil {
 		return nil, errors.Join(err, g.mon.Close())
 	}
+	g.conn.Hush = func(int) (func() error, error) { return g.listenAgain, g.mon.Pause() }
 	ours, err := g.conn.pidsAreOurs()
 	if err != nil {
 		return nil, errors.Join(err, g.Close())
@@ -182,6 +187,8 @@ func (g *Guard) Run(ctx context.Context) error {
 		defer t.Stop()
 		tick = t.C
 	}
+	hush := time.NewTicker(hushEvery)
+	defer hush.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -191,6 +198,10 @@ func (g *Guard) Run(ctx context.Context) error {
 			return err
 		case h := <-heard:
 			g.hear(h)
+		case <-hush.C:
+			if err := g.hush(); err != nil {
+				g.fail(err)
+			}
 		case <-tick:
 			g.Tick()
 		case <-timer.C:
@@ -206,6 +217,25 @@ func (g *Guard) Run(ctx context.Context) error {
 		g.heardOf = nil
 		timer.Reset(time.Until(g.due))
 	}
+}
+
+// hush listens no more while an apply asks for it, and looks afterwards what it
+// has not heard of.
+func (g *Guard) hush() error {
+	deaf, err := g.applied.Hushed()
+	if err != nil || deaf == g.deaf {
+		return err
+	}
+	g.deaf = deaf
+	if deaf {
+		return g.mon.Pause()
+	}
+	return g.listenAgain()
+}
+
+func (g *Guard) listenAgain() error {
+	g.due = time.Now()
+	return g.mon.Resume()
 }
 
 type heard struct {

@@ -85,6 +85,9 @@ func (a *AppliedState) Target() (*Target, error) {
 	return a.target, nil
 }
 
+// Hushed implements [Applied].
+func (a *AppliedState) Hushed() (bool, error) { return a.state.Hushed() }
+
 // TryLock implements [Applied].
 func (a *AppliedState) TryLock() (unlock func() error, ok bool, err error) {
 	if ok, err = a.state.TryLock(); !ok || err != nil {

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -20,6 +21,7 @@ type record struct {
 	mu     sync.Mutex
 	target *Target
 	lock   sync.Mutex
+	hushed atomic.Bool
 }
 
 func targetOf(t testing.TB, rs *rules.Ruleset) *Target {
@@ -45,6 +47,8 @@ func (r *record) Target() (*Target, error) {
 	}
 	return r.target, nil
 }
+
+func (r *record) Hushed() (bool, error) { return r.hushed.Load(), nil }
 
 func (r *record) TryLock() (func() error, bool, error) {
 	if !r.lock.TryLock() {

@@ -1,6 +1,7 @@
 package firewall
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -291,6 +292,9 @@ func TestStoredSnapshot(t *testing.T) {
 		}
 		if d := Diff(&got, wanted); d != nil {
 			t.Errorf("stored and read again: %v", d)
+		}
+		if again, err := got.MarshalBinary(); err != nil || !bytes.Equal(again, b) {
+			t.Errorf("equal snapshots are not equal bytes (%v)", err)
 		}
 		for i := 0; i < len(b); i += 1 + len(b)/100 {
 			if err := new(Snapshot).UnmarshalBinary(b[:i]); err == nil {

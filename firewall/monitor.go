@@ -108,6 +108,20 @@ func (m *Monitor) subscribe(buffer int) error {
 	return nil
 }
 
+// Pause stops listening, and Resume begins again: what happened meanwhile is not
+// heard of. They may be called while Next waits.
+func (m *Monitor) Pause() error { return m.member(unix.NETLINK_DROP_MEMBERSHIP) }
+
+// Resume ends a Pause.
+func (m *Monitor) Resume() error { return m.member(unix.NETLINK_ADD_MEMBERSHIP) }
+
+func (m *Monitor) member(how int) error {
+	if err := unix.SetsockoptInt(m.conn.fd, unix.SOL_NETLINK, how, unix.NFNLGRP_NFTABLES); err != nil {
+		return fmt.Errorf("subscribe to changes of the ruleset: %w", err)
+	}
+	return nil
+}
+
 // Close ends the subscription.
 func (m *Monitor) Close() error {
 	err := m.conn.Close()

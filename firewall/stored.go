@@ -11,29 +11,29 @@ import (
 // storedVersion changes when what is stored changes its meaning.
 const storedVersion = 1
 
-// stored is a Snapshot as it is kept in the state.
+// stored is a Snapshot as it is kept in the state. Lists in order of name, so that
+// equal snapshots are equal bytes.
 type stored struct {
-	Version    int
-	Table      string
-	Chains     map[string]storedChain
-	Sets       map[string]storedSet
-	Objects    map[string]storedObject
-	Flowtables map[string]string
+	Version int
+	Table   string
+	Chains  []storedChain
+	Sets    []storedSet
+	Objects []storedObject
 }
 
 type storedChain struct {
-	Definition, Hook string
-	Base, Anonymous  bool
-	Rules            []string
+	Name, Definition, Hook string
+	Base, Anonymous        bool
+	Rules                  []string
 }
 
 type storedSet struct {
-	Definition  string
-	Flags       uint32
-	Count       int
-	Elements    []storedElement
-	Large       *storedLarge
-	First, Last time.Time
+	Name, Definition string
+	Flags            uint32
+	Count            int
+	Elements         []storedElement
+	Large            *storedLarge
+	First, Last      time.Time
 }
 
 type storedElement struct {
@@ -52,35 +52,35 @@ type storedObject struct {
 	Data string
 }
 
-// ErrStored: the bytes are no snapshot of this version.
+// ErrStored means that bytes are no snapshot of this version.
 var ErrStored = errors.New("not a stored ruleset of this version")
 
 // MarshalBinary implements [encoding.BinaryMarshaler]. The generation is not part
-// of it: it belongs to a kernel, not to a content.
+// of it: it belongs to a kernel, not to a content. Nor are flowtables: Deadlight
+// makes none.
 func (s *Snapshot) MarshalBinary() ([]byte, error) {
 	if !s.Present {
 		return nil, errors.New("store the ruleset: there is no table")
 	}
-	out := stored{
-		Version: storedVersion, Table: s.table, Flowtables: s.flowtables,
-		Chains: make(map[string]storedChain, len(s.chains)), Sets: make(map[string]storedSet, len(s.sets)),
-		Objects: make(map[string]storedObject, len(s.objects)),
+	out := stored{Version: storedVersion, Table: s.table}
+	for _, name := range sortedKeys(s.chains) {
+		ch := s.chains[name]
+		out.Chains = append(out.Chains, storedChain{name, ch.definition, ch.hook, ch.base, ch.anonymous, ch.rules})
 	}
-	for name, ch := range s.chains {
-		out.Chains[name] = storedChain{ch.definition, ch.hook, ch.base, ch.anonymous, ch.rules}
-	}
-	for name, set := range s.sets {
-		o := storedSet{Definition: set.definition, Flags: set.flags, Count: set.count, First: set.first, Last: set.last}
+	for _, name := range sortedKeys(s.sets) {
+		set := s.sets[name]
+		o := storedSet{Name: name, Definition: set.definition, Flags: set.flags, Count: set.count, First: set.first, Last: set.last}
 		for _, e := range set.elements {
 			o.Elements = append(o.Elements, storedElement{e.start, e.end, e.vanishes})
 		}
 		if set.large != nil {
 			o.Large = &storedLarge{set.large.digest, set.large.count}
 		}
-		out.Sets[name] = o
+		out.Sets = append(out.Sets, o)
 	}
-	for key, o := range s.objects {
-		out.Objects[key] = storedObject{o.name, o.typ, o.data}
+	for _, key := range sortedKeys(s.objects) {
+		o := s.objects[key]
+		out.Objects = append(out.Objects, storedObject{o.name, o.typ, o.data})
 	}
 	var b bytes.Buffer
 	if err := gob.NewEncoder(&b).Encode(&out); err != nil {
@@ -101,10 +101,10 @@ func (s *Snapshot) UnmarshalBinary(b []byte) error {
 	}
 	*s = *newSnapshot()
 	s.Present, s.table = true, in.Table
-	for name, ch := range in.Chains {
-		s.chains[name] = &chainState{ch.Definition, ch.Base, ch.Anonymous, ch.Hook, ch.Rules}
+	for _, ch := range in.Chains {
+		s.chains[ch.Name] = &chainState{ch.Definition, ch.Base, ch.Anonymous, ch.Hook, ch.Rules}
 	}
-	for name, set := range in.Sets {
+	for _, set := range in.Sets {
 		o := &setState{definition: set.Definition, flags: set.Flags, count: set.Count, first: set.First, last: set.Last}
 		for _, e := range set.Elements {
 			o.elements = append(o.elements, element{e.Start, e.End, e.Vanishes})
@@ -112,13 +112,10 @@ func (s *Snapshot) UnmarshalBinary(b []byte) error {
 		if set.Large != nil {
 			o.large = &largeState{set.Large.Digest, set.Large.Count}
 		}
-		s.sets[name] = o
+		s.sets[set.Name] = o
 	}
-	for key, o := range in.Objects {
-		s.objects[key] = objectState{o.Name, o.Type, o.Data}
-	}
-	if in.Flowtables != nil {
-		s.flowtables = in.Flowtables
+	for _, o := range in.Objects {
+		s.objects[objectKind(o.Type)+" "+o.Name] = objectState{o.Name, o.Type, o.Data}
 	}
 	return nil
 }

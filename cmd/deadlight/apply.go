@@ -100,6 +100,7 @@ func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources, w
 		return res, nil, err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
+	h.conn.Hush = h.hush(e)
 	last, err := h.settle()
 	switch {
 	case errors.Is(err, firewall.ErrStateDamaged):

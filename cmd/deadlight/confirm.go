@@ -32,7 +32,7 @@ Exit codes: 0 kept, 3 refused or nothing to confirm.`,
 	}
 	dir := stateFlag(c)
 	c.RunE = func(*cobra.Command, []string) error {
-		r, err := confirmHere(*dir)
+		r, err := confirmHere(e, *dir)
 		if err != nil {
 			return hostError(err, "deadlight confirm")
 		}
@@ -43,7 +43,7 @@ Exit codes: 0 kept, 3 refused or nothing to confirm.`,
 }
 
 // confirmHere keeps what is on trial in the network namespace of the calling thread.
-func confirmHere(dir string) (_ *firewall.Record, err error) {
+func confirmHere(e env, dir string) (_ *firewall.Record, err error) {
 	h, err := openHost(dir, true)
 	if err != nil {
 		return nil, err
@@ -85,7 +85,7 @@ func confirmHere(dir string) (_ *firewall.Record, err error) {
 		return nil, refused(errors.New(`this SSH connection began before the trial, and established = "keep" lets it live: it does not show that you can get in`),
 			"open another SSH connection and confirm there")
 	}
-	h.conn.Known = h.state.Known(last)
+	h.conn.Known, h.conn.Hush = h.state.Known(last), h.hush(e)
 	r := *last
 	r.Deadline, r.Session = time.Time{}, ""
 	if r.Snapshot, err = firewall.Meant(rs, time.Now()); err != nil {

@@ -73,6 +73,31 @@ func (h *host) close() error {
 // look reads the table.
 func (h *host) look() (*firewall.Snapshot, error) { return h.conn.Snapshot(rules.TableName) }
 
+// hush waits until nobody listens for nftables events, which a watch of ours stops
+// doing when it is asked to; of others it warns.
+func (h *host) hush(e env) func(elements int) (func() error, error) {
+	return func(elements int) (func() error, error) {
+		done, err := h.state.Hush()
+		if err != nil {
+			return nil, err
+		}
+		for end := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
+			list, err := firewall.Listeners()
+			if err != nil {
+				return nil, errors.Join(err, done())
+			}
+			if len(list) == 0 {
+				return done, nil
+			}
+			if time.Now().After(end) {
+				printf(e.stderr, "deadlight: warning: %s (pid %d) listens for nftables events: the kernel makes one of each of %d elements, which takes many times longer and about %d MB until then\n",
+					oneLine(list[0].Comm), list[0].PID, elements, elements*12/1000)
+				return done, nil
+			}
+		}
+	}
+}
+
 // elsewhere reports whether a record is of another namespace that may live
 // beside this one: not of this one, and not of one that ended with its boot.
 func (h *host) elsewhere(r *firewall.Record) bool {
@@ -86,6 +111,14 @@ func (h *host) newRecord(file string, rs *rules.Ruleset, from *sources) (*firewa
 	if err != nil {
 		return nil, err
 	}
+	beside, err := h.beside(rs)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, i := range beside {
+		ids = append(ids, i.ID())
+	}
 	by, _ := build()
 	path, err := filepath.Abs(file)
 	if err != nil {
@@ -93,7 +126,7 @@ func (h *host) newRecord(file string, rs *rules.Ruleset, from *sources) (*firewa
 	}
 	return &firewall.Record{
 		Applied: now.UTC().Truncate(time.Second), By: by, Policy: path,
-		Sources: from.list(), Globs: from.globs, Namespace: h.here, Snapshot: table,
+		Sources: from.list(), Globs: from.globs, Beside: ids, Namespace: h.here, Snapshot: table,
 	}, nil
 }
 
@@ -101,11 +134,17 @@ func sameSource(x, y firewall.Source) bool {
 	return x.Name == y.Name && x.SHA256 == y.SHA256 && x.Absent == y.Absent
 }
 
+// beside lists what in the kernel bears on a policy from outside its table.
+func (h *host) beside(rs *rules.Ruleset) ([]firewall.Interference, error) {
+	list, err := h.conn.Interference(rs, firewall.HostFiles{})
+	return slices.DeleteFunc(list, func(i firewall.Interference) bool { return i.Severity == firewall.Note }), err
+}
+
 // sameRecord reports whether both say the same of policy and table.
 func sameRecord(a, b *firewall.Record) bool {
 	sameGlob := func(x, y firewall.Glob) bool { return x.Pattern == y.Pattern && slices.Equal(x.Names, y.Names) }
 	return a.Policy == b.Policy && a.By == b.By && a.Namespace.Is(b.Namespace) &&
-		slices.EqualFunc(a.Sources, b.Sources, sameSource) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
+		slices.Equal(a.Beside, b.Beside) && slices.EqualFunc(a.Sources, b.Sources, sameSource) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
 		len(firewall.Diff(a.Snapshot, b.Snapshot)) == 0
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"deadlight/firewall"
@@ -112,6 +113,14 @@ func (h *host) goBack(trial *firewall.Record, why *firewall.Back) (*firewall.Rec
 	}
 	if good.Snapshot, err = firewall.Meant(rs, time.Now()); err != nil {
 		return nil, res, err
+	}
+	hush := h.hush(env{stderr: io.Discard})
+	h.conn.Hush = func(elements int) (func() error, error) {
+		done, err := hush(elements)
+		if err != nil { // slower, then
+			return func() error { return nil }, nil
+		}
+		return done, nil
 	}
 	good.Namespace = h.here
 	if why != nil {
