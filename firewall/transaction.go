@@ -1,8 +1,6 @@
 package firewall
 
 import (
-	"slices"
-
 	"golang.org/x/sys/unix"
 
 	"deadlight/rules"
@@ -145,22 +143,8 @@ func (t *transaction) keepsSet(name string) bool {
 		return false // a deadline cannot be moved in place
 	}
 	gone, missing := elementChanges(is, wanted)
-	if is.is(unix.NFT_SET_MAP) && touch(gone, missing) {
-		return false
-	}
 	t.small[name] = [2][]element{gone, missing}
 	return true
-}
-
-// touch reports whether a range that comes ends where one that goes begins. While
-// the kernel commits it passes over the one, and the other seems to go on into it:
-// a port would meet the verdict of its neighbour.
-func touch(gone, missing []element) bool {
-	begins := map[string]bool{}
-	for _, e := range gone {
-		begins[e.key()] = true
-	}
-	return slices.ContainsFunc(missing, func(e element) bool { return e.end != "" && begins[element{start: e.end}.key()] })
 }
 
 func (t *transaction) keepsLarge(name string, is, wanted *setState) bool {
