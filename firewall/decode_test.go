@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"errors"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -127,4 +128,39 @@ func FuzzRoundTrip(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Only what keeps clear of everything else may change in a list that stays.
+func TestApartRanges(t *testing.T) {
+	list := func(texts ...string) (out []rules.AddrRange) {
+		for _, s := range texts {
+			p := netip.MustParsePrefix(s)
+			hi := p.Addr().As4()
+			for i := p.Bits(); i < 32; i++ {
+				hi[i/8] |= 0x80 >> (i % 8)
+			}
+			out = append(out, rules.AddrRange{Lo: p.Addr(), Hi: netip.AddrFrom4(hi)})
+		}
+		return out
+	}
+	for _, tt := range []struct {
+		name    string
+		is, now []rules.AddrRange
+		want    bool
+	}{
+		{"one more, alone", list("10.0.0.0/24"), list("10.0.0.0/24", "10.0.2.0/24"), true},
+		{"one less, alone", list("10.0.0.0/24", "10.0.2.0/24", "10.0.4.0/24"), list("10.0.0.0/24", "10.0.4.0/24"), true},
+		{"one instead of another", list("10.0.0.0/24"), list("10.0.2.0/24"), true},
+		{"one that grows", list("10.0.0.0/24"), list("10.0.0.0/23"), false},
+		{"one that begins earlier", list("10.0.1.0/24"), list("10.0.0.0/23"), false},
+		{"one in two", list("10.0.0.0/22"), list("10.0.0.0/24", "10.0.2.0/24"), false},
+		{"one that takes the place beside", list("10.0.0.0/24"), list("10.0.1.0/24"), false},
+		{"up to the last", list("10.0.0.0/24"), list("10.0.0.0/24", "255.0.0.0/8"), true},
+		{"beyond the last", list("255.0.0.0/8"), list("255.0.0.0/9"), false},
+	} {
+		gone, missing := rangeChanges(tt.is, tt.now)
+		if got := apartRanges(gone, missing, tt.is, tt.now); got != tt.want {
+			t.Errorf("%s: %t", tt.name, got)
+		}
+	}
 }

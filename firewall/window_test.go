@@ -193,7 +193,7 @@ func moved(turn int, ports string) string {
 	if turn%2 == 1 {
 		rule = "[open.moves]\nports = \"" + ports + "\"\n"
 	}
-	return rotated(200, turn) + rule
+	return rotated(1000, turn) + rule // many others: the longer the commit, the wider a window
 }
 
 // few is rotated, but that most rules stay as they are.
@@ -271,8 +271,7 @@ func TestSoakNoWindow(t *testing.T) {
 		{"few of 1000 rules and a range", 3, func(turn int) string { return few(999, turn) + ranged(turn) }},
 		{"everything at once", 12, mixed},
 		{"a rule leaves the closed port, single ports", 2, func(turn int) string { return moved(turn, "4500") }},
-		{"a rule leaves the closed port, ranges", 2, func(turn int) string { return moved(turn, "4500-4510") + ranged(turn) }},
-		{"a rule leaves the closed port, ranges that touch", 2, func(turn int) string { return moved(turn, "4440-4443") + ranged(turn) }},
+		{"a rule leaves the closed port, ranges", 2, func(turn int) string { return moved(turn, "4440-4443") + ranged(turn) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			all := turns(t, tt.turns, tt.policy)
