@@ -104,7 +104,7 @@ func confirmHere(e env, dir string) (_ *firewall.Record, err error) {
 }
 
 func tooLate(b *firewall.Back, before string) error {
-	return refused(fmt.Errorf("too late: the trial of %s ended at %s, and the kernel went back by itself to %s", b.Policy, clock(b.At), policyBefore(before)),
+	return refused(fmt.Errorf("too late: the trial of %s ended at %s, and the kernel went back by itself to %s", b.Policy, clock(b.At), policyBefore(before, b.Policy)),
 		"deadlight apply --confirm 60s "+b.Policy)
 }
 

@@ -94,5 +94,5 @@ func outcome(e env, state *firewall.State, trial *firewall.Record) error {
 }
 
 func rolledBack(trial *firewall.Record, before string) error {
-	return &exitError{exitRolledBack, fmt.Errorf("%s was rolled back: the kernel holds %s again", trial.Policy, policyBefore(before)), ""}
+	return &exitError{exitRolledBack, fmt.Errorf("%s was rolled back: the kernel went back to %s", trial.Policy, policyBefore(before, trial.Policy)), ""}
 }

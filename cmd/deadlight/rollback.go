@@ -87,7 +87,7 @@ func rollbackHere(e env, dir string) (err error) {
 	case why == nil:
 		printf(e.stdout, "%s: put back %s as it was applied, %s undone, generation %d\n", what, oneLine(good.Policy), plural(len(res.Changed), "difference"), res.Generation.ID)
 	default:
-		printf(e.stdout, "%s: the kernel holds %s again, generation %d\n", what, oneLine(good.Policy), res.Generation.ID)
+		printf(e.stdout, "%s: the kernel went back to %s, generation %d\n", what, oneLine(policyBefore(good.Policy, trial.Policy)), res.Generation.ID)
 	}
 	return nil
 }

@@ -172,17 +172,20 @@ func (h *host) pending(last *firewall.Record, is *firewall.Snapshot) (*pendingJS
 // text says in one line how a trial stands.
 func (p *pendingJSON) text() string {
 	if p.Running {
-		return fmt.Sprintf("%s is on trial until %s: deadlight confirm keeps it, else the kernel goes back to %s", p.Policy, clock(p.Deadline), policyBefore(p.Before))
+		return fmt.Sprintf("%s is on trial until %s: deadlight confirm keeps it, else the kernel goes back to %s", p.Policy, clock(p.Deadline), policyBefore(p.Before, p.Policy))
 	}
-	return fmt.Sprintf("%s was on trial until %s: the kernel went back by itself to %s", p.Policy, clock(p.Deadline), policyBefore(p.Before))
+	return fmt.Sprintf("%s was on trial until %s: the kernel went back by itself to %s", p.Policy, clock(p.Deadline), policyBefore(p.Before, p.Policy))
 }
 
-// policyBefore names what was in force before a trial.
-func policyBefore(policy string) string {
-	if policy == "" {
+// policyBefore names what was in force before a trial, mostly of the same file.
+func policyBefore(before, trial string) string {
+	switch before {
+	case "":
 		return "no table, which lets everything in"
+	case trial:
+		return before + " as it was applied before"
 	}
-	return policy
+	return before
 }
 
 // clock writes a time of today by its clock, any other with its date.

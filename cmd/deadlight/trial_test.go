@@ -281,7 +281,7 @@ func TestTrialIsCountedDown(t *testing.T) {
 		how  string
 		want int
 		says string
-	}{{"confirm", exitOK, "Confirmed"}, {"rollback", exitRolledBack, "was rolled back: the kernel holds"}, {"nothing", exitRolledBack, "was rolled back: the kernel holds"}} {
+	}{{"confirm", exitOK, "Confirmed"}, {"rollback", exitRolledBack, "was rolled back: the kernel went back to"}, {"nothing", exitRolledBack, "was rolled back: the kernel went back to"}} {
 		t.Run(tt.how, func(t *testing.T) {
 			h := newTrialHost(t)
 			h.must(t, "apply", h.files[0])
