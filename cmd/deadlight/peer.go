@@ -50,7 +50,7 @@ var errPeerUnknown = errors.New("cannot tell who is at the other end of this SSH
 func operator() ([]session, error) {
 	return (&tracer{
 		proc: "/proc", connection: os.Getenv("SSH_CONNECTION"),
-		established: establishedTCP, bound: boundUDP, flows: udpFlows, inbound: wayBack,
+		established: establishedTCP, bound: boundUDP, flows: udpFlows, inbound: wayBack, readDir: os.ReadDir,
 	}).trace(os.Getpid())
 }
 
@@ -62,6 +62,7 @@ type tracer struct {
 	bound       func() ([]endpoint, error)
 	flows       func(port uint16) (endpoint, bool, error) // the newest UDP flow to a port
 	inbound     func(endpoint) (string, error)
+	readDir     func(string) ([]fs.DirEntry, error) // of /proc/PID/fd
 
 	tcp    map[uint32]endpoint // by inode; nil: not asked for yet
 	queue  []int
@@ -387,7 +388,7 @@ func (t *tracer) sockets(pid int) ([]uint32, error) {
 
 func (t *tracer) inodes(pid int) ([]uint32, error) {
 	dir := t.path(pid, "fd")
-	entries, err := os.ReadDir(dir)
+	entries, err := t.readDir(dir)
 	if err != nil {
 		return nil, err
 	}
