@@ -68,18 +68,25 @@ PermitRootLogin yes
 	} else {
 		must(os.Symlink(must1(t, os.Executable), l.file("sshd")))
 	}
-	var log lockedBuffer
+	// A file: of a pipe the end would have to be waited for, which sessions hold.
+	log := must1(t, func() (*os.File, error) { return os.Create(l.file("log")) })
+	said := func() string {
+		b, err := os.ReadFile(log.Name())
+		must(err)
+		return string(b)
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- l.Command(ctx, server, &log, &log) }()
+	go func() { done <- l.Command(ctx, server, log, log) }()
 	t.Cleanup(func() {
 		stop()
 		<-done
 		if t.Failed() {
-			t.Logf("sshd: %s", log.String())
+			t.Logf("sshd: %s", said())
 		}
+		log.Close()
 	})
-	await(t, "sshd", func() bool { return strings.Contains(log.String(), "listening on ::") })
+	await(t, "sshd", func() bool { return strings.Contains(said(), "listening on ::") })
 	return l
 }
 
@@ -299,10 +306,10 @@ func TestLockoutConsole(t *testing.T) {
 	}
 }
 
-// TestLockoutDetached: a terminal that nobody looks at has no peer.
+// TestLockoutDetached: what has left its session has no peer.
 func TestLockoutDetached(t *testing.T) {
 	l := newSSHLab(t)
-	r := l.ssh(t, l.host4.String(), "env -u SSH_CONNECTION tmux -L detached -f /dev/null new-session -d '%s'", "apply cuts.toml")
+	r := l.ssh(t, l.host4.String(), "trap '' HUP; env -u SSH_CONNECTION setsid -f %s", "apply cuts.toml")
 	if r.code != "0" {
 		t.Errorf("exit %s:\n%s", r.code, r.out)
 	}
