@@ -128,3 +128,44 @@ func FuzzRoundTrip(f *testing.F) {
 		}
 	})
 }
+
+// Only what keeps clear of everything else may change in an interval set that
+// stays.
+func TestApart(t *testing.T) {
+	set := func(policy string) *setState {
+		s, err := Meant(ruleset(t, policy), time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.sets["tcp_open"]
+	}
+	one := func(ports string) *setState { return set("[open.a]\nports = [" + ports + "]\n") }
+	two := func(a, b string) *setState {
+		return set("[open.a]\nports = [" + a + "]\n[open.b]\nfrom = \"192.0.2.1\"\nports = [" + b + "]\n")
+	}
+	for _, tt := range []struct {
+		name       string
+		is, wanted *setState
+		want       bool
+	}{
+		{"one more, alone", one(`"10-20"`), one(`"10-20", "30-40"`), true},
+		{"one less, alone", one(`"10-20", "30-40"`), one(`"10-20"`), true},
+		{"one more, a port between", one(`"10-20"`), one(`"10-20", 22`), true},
+		{"one that grows", one(`"10-20"`), one(`"10-21"`), false},
+		{"one that begins earlier", one(`"10-20"`), one(`"9-20"`), false},
+		{"one in two", one(`"10-20"`), one(`"10-12", "14-20"`), false},
+		{"another rule beside it", two(`"10-20"`, `30`), two(`"10-20"`, `21`), false},
+		{"another rule goes from beside it", two(`"10-20"`, `21`), two(`"10-20"`, `30`), false},
+		{"another rule for the same ports", two(`"10-20", "40-50"`, `30`), two(`"40-50"`, `"10-20", 30`), false},
+		{"up to the last", one(`"10-20"`), one(`"10-20", "65000-65535"`), true},
+		{"beyond the last", one(`"65000-65535"`), one(`"65100-65535"`), false},
+	} {
+		gone, missing := elementChanges(tt.is, tt.wanted)
+		if len(gone)+len(missing) == 0 {
+			t.Errorf("%s: nothing changes", tt.name)
+		}
+		if got := apart(tt.is.elements, gone, missing); got != tt.want {
+			t.Errorf("%s: %t", tt.name, got)
+		}
+	}
+}

@@ -38,6 +38,9 @@ type Interference struct {
 	Advice  string   // what to do about it
 }
 
+// ID tells one interference from another, whatever ports it bears on now.
+func (i Interference) ID() string { return i.Kind + " at " + i.Where + ": " + i.Rule }
+
 // HostFiles are the files that Interference reads.
 type HostFiles struct {
 	// Root is the root directory with the units and scripts that may flush the
@@ -98,10 +101,28 @@ func (c *Conn) Interference(rs *rules.Ruleset, host HostFiles) ([]Interference, 
 	return out, nil
 }
 
+// alone reports whether there is no table but ours: then ten thousand rules need
+// not be read to find nothing.
+func (c *Conn) alone() (bool, error) {
+	ours, others := 0, 0
+	err := c.ask(unix.NFT_MSG_GETTABLE, unix.NLM_F_DUMP, unix.AF_UNSPEC, nil, func(r reply) error {
+		if attrText(r.attrs, unix.NFTA_TABLE_NAME) == rules.TableName {
+			ours++
+		} else {
+			others++
+		}
+		return nil
+	})
+	return others == 0 && ours <= 1, err
+}
+
 // foreign judges the chains of other tables, at one generation.
 func (c *Conn) foreign(rs *rules.Ruleset) ([]Interference, error) {
 	gen, err := c.Generation()
 	if err != nil {
+		return nil, err
+	}
+	if alone, err := c.alone(); err != nil || alone {
 		return nil, err
 	}
 	k, err := c.liveRules()

@@ -24,6 +24,13 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, becomeProgram()) // does not return
 		os.Exit(1)
 	}
+	if where := os.Getenv(trafficEnv); where != "" {
+		if err := runTraffic(where); err != nil {
+			fmt.Fprintln(os.Stderr, "traffic:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if !verify.Isolated() {
 		code, err := verify.Isolate(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 		if err != nil {

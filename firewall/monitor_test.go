@@ -133,8 +133,8 @@ func TestMonitorSaysWhatAndWho(t *testing.T) {
 	}
 }
 
-// load is a foreign transaction of many elements.
-func load(t *testing.T, table string, n int) {
+// loadTable is a foreign transaction of many elements.
+func loadTable(t *testing.T, table string, n int) {
 	t.Helper()
 	var b strings.Builder
 	fmt.Fprintf(&b, "add table inet %[1]s\nadd set inet %[1]s s { type ipv4_addr; }\nadd element inet %[1]s s {", table)
@@ -152,7 +152,7 @@ func load(t *testing.T, table string, n int) {
 func TestMonitorSaysThatItLostEvents(t *testing.T) {
 	inNamespace(t, func(t *testing.T) {
 		m := monitor(t, 1<<12)
-		load(t, "other", 100_000)
+		loadTable(t, "other", 100_000)
 		if b := next(t, m); !b.Lost {
 			t.Fatalf("100,000 elements in a buffer of 4 KiB: %+v", b)
 		}
@@ -168,7 +168,7 @@ func TestMonitorHearsALargeTransaction(t *testing.T) {
 		m := monitor(t, monitorBuffer)
 		nft(t, "add table inet deadlight; add set inet deadlight s { type ipv4_addr; }")
 		next(t, m)
-		load(t, rules.TableName, 2000)
+		loadTable(t, rules.TableName, 2000)
 		b := next(t, m)
 		sum := 0
 		for _, touch := range b.Touches {

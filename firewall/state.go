@@ -78,6 +78,7 @@ type Record struct {
 	Policy     string    `json:"policy"` // absolute path
 	Sources    []Source  `json:"sources"`
 	Globs      []Glob    `json:"globs,omitempty"`
+	Beside     []string  `json:"beside,omitempty"` // [Interference.ID] of what stood beside it
 	Namespace  Namespace `json:"namespace"`
 	Generation uint32    `json:"generation"` // after which the kernel held it
 	Snapshot   *Snapshot `json:"-"`

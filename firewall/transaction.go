@@ -1,6 +1,10 @@
 package firewall
 
 import (
+	"slices"
+	"sort"
+	"strings"
+
 	"golang.org/x/sys/unix"
 
 	"deadlight/rules"
@@ -143,7 +147,44 @@ func (t *transaction) keepsSet(name string) bool {
 		return false // a deadline cannot be moved in place
 	}
 	gone, missing := elementChanges(is, wanted)
+	if is.is(unix.NFT_SET_INTERVAL) && len(gone)+len(missing) > 0 && !apart(is.elements, gone, missing) {
+		return false
+	}
 	t.small[name] = [2][]element{gone, missing}
+	return true
+}
+
+// apart reports whether what changes in a set of intervals keeps clear of
+// everything else in it. Where intervals touch or overlap, the lookup
+// (net/netfilter/nft_set_rbtree.c) meets nodes of both generations while a
+// transaction is committed, and finds what is neither in the one nor in the other:
+// a set that changes so is made anew beside the old one.
+func apart(is []element, gone, missing []element) bool {
+	type interval struct {
+		start, end string // end is the first key after it, "" when there is none
+		changed    bool
+	}
+	changed := make(map[element]bool, len(gone))
+	for _, e := range gone {
+		changed[e] = true
+	}
+	var all []interval
+	add := func(e element, changed bool) {
+		all = append(all, interval{e.key(), element{start: e.end}.key(), changed})
+	}
+	for _, e := range is {
+		add(e, changed[e])
+	}
+	for _, e := range missing {
+		add(e, true)
+	}
+	slices.SortFunc(all, func(a, b interval) int { return strings.Compare(a.start, b.start) })
+	for i := 1; i < len(all); i++ {
+		// Those that stay are apart, so that no other can reach beyond its neighbour unseen.
+		if before, here := all[i-1], all[i]; (before.changed || here.changed) && (before.end == "" || before.end >= here.start) {
+			return false
+		}
+	}
 	return true
 }
 
@@ -159,9 +200,40 @@ func (t *transaction) keepsLarge(name string, is, wanted *setState) bool {
 	if old == nil || is.large.count >= 0 && is.large.count != kernelCount(&rules.Set{Addrs: old, Interval: set.Interval}) {
 		return false
 	}
+	now := set.Ranges()
 	d := &largeDelta{}
-	d.gone, d.missing = rangeChanges(old, set.Ranges())
+	d.gone, d.missing = rangeChanges(old, now)
+	if set.Interval && !apartRanges(d.gone, d.missing, old, now) {
+		return false
+	}
 	t.delta[name] = d
+	return true
+}
+
+// apartRanges is apart for ranges of addresses, of which few of many change.
+func apartRanges(gone, missing, old, now []rules.AddrRange) bool {
+	alone := func(r rules.AddrRange, list []rules.AddrRange) bool {
+		// The first that does not end before r, and does not touch it either.
+		i := sort.Search(len(list), func(i int) bool {
+			end, ok := endOf(list[i].Hi)
+			return !ok || !end.Less(r.Lo)
+		})
+		if i < len(list) && list[i] == r {
+			i++
+		}
+		if i == len(list) {
+			return true
+		}
+		end, ok := endOf(r.Hi)
+		return ok && end.Less(list[i].Lo)
+	}
+	for _, changed := range [][]rules.AddrRange{gone, missing} {
+		for _, r := range changed {
+			if !alone(r, old) || !alone(r, now) {
+				return false
+			}
+		}
+	}
 	return true
 }
 

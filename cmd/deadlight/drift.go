@@ -18,15 +18,18 @@ import (
 )
 
 func newDriftCommand(e env) *cobra.Command {
-	var quiet, asJSON bool
+	var quiet, asJSON, full bool
 	c := &cobra.Command{
 		Use:     "drift",
 		GroupID: groupWatch,
 		Short:   "Say whether the kernel still holds what was applied, and who changed it",
 		Long: `Holds the table in the kernel against what was last applied: rules, set elements,
-priorities, policies, flags, everything. Then it holds the files of the policy
-against the text that was applied, by content. It changes nothing and needs no
-policy to be readable.
+priorities, policies, flags, everything. Of sets with more than 16,384 ranges it
+compares the digest and the count, and looks up some elements drawn at random;
+with --full all of them, about 7 seconds for a million. Then it holds the files
+of the policy against the text that was applied, by content, and lists what other
+tables, tc or XDP programs bear on the policy that did not when it was applied. It
+changes nothing.
 
 Who changed it is known when deadlight watch was listening: the kernel tells it
 once. It is certain when only one change was made since the apply.
@@ -38,9 +41,14 @@ printed: fit for cron, CI and configuration management.`,
 	}
 	dir := stateFlag(c)
 	c.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors: the exit code is the answer")
+	c.Flags().BoolVar(&full, "full", false, "look up every element of sets of more than 16,384 ranges")
 	c.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")
 	c.RunE = func(*cobra.Command, []string) error {
-		d, err := driftHere(*dir)
+		samples := firewall.Samples
+		if full {
+			samples = firewall.Everything
+		}
+		d, err := driftHere(*dir, samples)
 		if err != nil {
 			return hostError(err, "deadlight drift")
 		}
@@ -73,6 +81,8 @@ type driftJSON struct {
 	By         *byJSON      `json:"by,omitempty"`       // who is known to have changed the table last
 	Since      uint32       `json:"generations_since"`  // changes to any table since the apply
 	Files      []fileJSON   `json:"files"`              // that are not as they were applied
+	// Interference is what bears on the policy from outside its table since then.
+	Interference []interferenceJSON `json:"interference"`
 }
 
 // fileJSON is a file of the policy that is not as it was applied.
@@ -82,7 +92,7 @@ type fileJSON struct {
 }
 
 // driftHere holds the network namespace of the calling thread against its state.
-func driftHere(dir string) (_ *driftJSON, err error) {
+func driftHere(dir string, samples int) (_ *driftJSON, err error) {
 	h, err := openHost(dir, false)
 	if err != nil {
 		return nil, err
@@ -111,7 +121,7 @@ func driftHere(dir string) (_ *driftJSON, err error) {
 	changes := firewall.Diff(is, last.Snapshot)
 	if last.Snapshot.HoldsLarge() {
 		h.conn.Known = h.state.Known(last)
-		if is, changes, err = h.conn.Check(last.Snapshot, firewall.Samples); err != nil {
+		if is, changes, err = h.conn.Check(last.Snapshot, samples); err != nil {
 			return nil, err
 		}
 	}
@@ -136,8 +146,29 @@ func driftHere(dir string) (_ *driftJSON, err error) {
 		}
 	}
 	d.Files = append(d.Files, changedFiles(last)...)
-	d.Drift = len(d.Changes)+len(d.Files) > 0
+	if d.Interference, err = h.newBeside(last); err != nil {
+		return nil, err
+	}
+	d.Drift = len(d.Changes)+len(d.Files)+len(d.Interference) > 0
 	return d, nil
+}
+
+// newBeside lists what bears on the policy from outside its table, and did not
+// when it was applied.
+func (h *host) newBeside(last *firewall.Record) ([]interferenceJSON, error) {
+	list, err := h.beside(nil)
+	if err != nil || len(list) == 0 {
+		return []interferenceJSON{}, err
+	}
+	// Only now is the policy needed: to say what it opens, and by which interfaces.
+	rs, err := h.state.Compile(last)
+	if err != nil {
+		return nil, err
+	}
+	if list, err = h.beside(rs); err != nil {
+		return nil, err
+	}
+	return interferences(slices.DeleteFunc(list, func(i firewall.Interference) bool { return slices.Contains(last.Beside, i.ID()) })), nil
 }
 
 // seenFrom turns a difference round: what an apply would add was removed.
@@ -226,5 +257,9 @@ func (d *driftJSON) print(w io.Writer) {
 	}
 	for _, f := range d.Files {
 		printf(w, "  %s %s\n", oneLine(f.Name), f.Why)
+	}
+	if len(d.Interference) > 0 {
+		printf(w, "Drift: what stands beside deadlight was not there when the policy was applied\n")
+		printInterferences(w, d.Interference)
 	}
 }

@@ -111,6 +111,14 @@ func (h *host) newRecord(file string, rs *rules.Ruleset, from *sources) (*firewa
 	if err != nil {
 		return nil, err
 	}
+	beside, err := h.beside(rs)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, i := range beside {
+		ids = append(ids, i.ID())
+	}
 	by, _ := build()
 	path, err := filepath.Abs(file)
 	if err != nil {
@@ -118,8 +126,14 @@ func (h *host) newRecord(file string, rs *rules.Ruleset, from *sources) (*firewa
 	}
 	return &firewall.Record{
 		Applied: now.UTC().Truncate(time.Second), By: by, Policy: path,
-		Sources: from.list(), Globs: from.globs, Namespace: h.here, Snapshot: table,
+		Sources: from.list(), Globs: from.globs, Beside: ids, Namespace: h.here, Snapshot: table,
 	}, nil
+}
+
+// beside lists what in the kernel bears on a policy from outside its table.
+func (h *host) beside(rs *rules.Ruleset) ([]firewall.Interference, error) {
+	list, err := h.conn.Interference(rs, firewall.HostFiles{})
+	return slices.DeleteFunc(list, func(i firewall.Interference) bool { return i.Severity == firewall.Note }), err
 }
 
 // sameRecord reports whether both say the same of policy and table.
@@ -129,7 +143,7 @@ func sameRecord(a, b *firewall.Record) bool {
 	}
 	sameGlob := func(x, y firewall.Glob) bool { return x.Pattern == y.Pattern && slices.Equal(x.Names, y.Names) }
 	return a.Policy == b.Policy && a.By == b.By && a.Namespace.Is(b.Namespace) &&
-		slices.EqualFunc(a.Sources, b.Sources, same) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
+		slices.Equal(a.Beside, b.Beside) && slices.EqualFunc(a.Sources, b.Sources, same) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
 		len(firewall.Diff(a.Snapshot, b.Snapshot)) == 0
 }
 
