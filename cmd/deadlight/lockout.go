@@ -26,8 +26,8 @@ func cutOffs(rs *rules.Ruleset, sessions []session, now time.Time) []cutOff {
 	var out []cutOff
 	for _, s := range sessions {
 		p := rules.Packet{
-			In: s.Interface, Src: s.Remote.Addr(), Dst: s.Local.Addr(), Protocol: s.Protocol,
-			SrcPort: s.Remote.Port(), DstPort: s.Local.Port(), At: now,
+			In: s.Interface, Src: s.Remote.Addr(), Dst: s.Wire.Addr(), Protocol: s.Protocol,
+			SrcPort: s.Remote.Port(), DstPort: s.Wire.Port(), At: now,
 		}
 		c := cutOff{session: s, packet: p, decision: rs.Decide(p)}
 		if admitted(c.decision) {

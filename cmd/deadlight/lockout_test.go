@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +23,7 @@ type sshLab struct {
 	*lab
 	dir  string
 	real bool // it is OpenSSH's
+	port int  // that clients use
 }
 
 const (
@@ -32,7 +34,7 @@ const (
 // newSSHLab starts sshd on the throw-away host, with keys of its own.
 func newSSHLab(t *testing.T) *sshLab {
 	t.Helper()
-	l := &sshLab{lab: newLab(t, "version = 1\n[open.ssh]\nports = 2222\n"), dir: t.TempDir(), real: mayChangeUser(t)}
+	l := &sshLab{lab: newLab(t, "version = 1\n[open.ssh]\nports = 2222\n"), dir: t.TempDir(), real: mayChangeUser(t), port: sshPort}
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -196,7 +198,7 @@ func (l *sshLab) login(t *testing.T, host, line string) (said *lockedBuffer, han
 	t.Helper()
 	said = &lockedBuffer{}
 	if !l.real {
-		c, err := net.Dial("tcp", net.JoinHostPort(host, fmt.Sprint(sshPort)))
+		c, err := net.Dial("tcp", net.JoinHostPort(host, fmt.Sprint(l.port)))
 		if err == nil {
 			_, err = fmt.Fprintln(c, line)
 		}
@@ -206,7 +208,7 @@ func (l *sshLab) login(t *testing.T, host, line string) (said *lockedBuffer, han
 		return said, func() { c.Close() }
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	c := exec.CommandContext(ctx, "ssh", "-tt", "-F", "none", "-i", l.file("id"), "-p", fmt.Sprint(sshPort),
+	c := exec.CommandContext(ctx, "ssh", "-tt", "-F", "none", "-i", l.file("id"), "-p", fmt.Sprint(l.port),
 		"-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "root@"+host, line)
 	c.Env = append(os.Environ(), "TERM=xterm")
 	c.Stdout, c.Stderr = said, said
@@ -295,6 +297,34 @@ func TestLockout(t *testing.T) {
 				t.Errorf("--accept-lockout: exit %s:\n%s", r.code, r.out)
 			}
 		})
+	}
+}
+
+// TestLockoutRedirected: the policy judges the port on the wire, and so does the
+// check, over both families.
+func TestLockoutRedirected(t *testing.T) {
+	l := newSSHLab(t)
+	const front = 2022
+	if err := l.Command(t.Context(), []string{"nft", fmt.Sprintf("add table inet other; add chain inet other pre { type nat hook prerouting priority dstnat; }; add rule inet other pre tcp dport %d redirect to :%d", front, sshPort)}, os.Stderr, os.Stderr); err != nil {
+		t.Fatal(err)
+	}
+	for name, port := range map[string]int{"back.toml": sshPort, "front.toml": front} {
+		if err := os.WriteFile(l.file(name), fmt.Appendf(nil, "version = 1\n[open.ssh]\nports = %d\n", port), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Command(t.Context(), []string{l.file("deadlight"), "apply", "--state-dir", l.file("state"), l.file("front.toml")}, os.Stderr, os.Stderr); err != nil {
+		t.Fatal(err)
+	}
+	l.port = front
+	for host, peer := range map[netip.Addr]string{l.host4: outside4, l.host6: outside6} {
+		r := l.ssh(t, host.String(), "%s", "apply back.toml")
+		if want := fmt.Sprintf("your own SSH session from %s to %d/tcp by eth0 would be cut", peer, front); r.code != "3" || !strings.Contains(r.out, want) {
+			t.Errorf("exit %s, want 3 and %q:\n%s", r.code, want, r.out)
+		}
+		if r := l.ssh(t, host.String(), "%s", "apply front.toml"); r.code != "0" {
+			t.Errorf("exit %s:\n%s", r.code, r.out)
+		}
 	}
 }
 

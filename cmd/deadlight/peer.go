@@ -22,8 +22,9 @@ import (
 // session is a connection by which somebody works on this host.
 type session struct {
 	Protocol rules.Protocol // TCP of SSH, UDP of mosh
-	Local    netip.AddrPort
+	Local    netip.AddrPort // of the socket
 	Remote   netip.AddrPort // of mosh without a port, where no flow tells it
+	Wire     netip.AddrPort // what the peer aims at: not Local where a DNAT leads there
 	// Interface is where a new connection of the peer would come in: the one that
 	// the socket is bound to, else that of the way back; "" when there is none.
 	Interface string
@@ -50,7 +51,7 @@ var errPeerUnknown = errors.New("cannot tell who is at the other end of this SSH
 func operator() ([]session, error) {
 	return (&tracer{
 		proc: "/proc", connection: os.Getenv("SSH_CONNECTION"),
-		established: establishedTCP, bound: boundUDP, flows: udpFlows, inbound: wayBack, readDir: os.ReadDir,
+		established: establishedTCP, bound: boundUDP, flows: udpFlows, wire: onWire, inbound: wayBack, readDir: os.ReadDir,
 	}).trace(os.Getpid())
 }
 
@@ -61,6 +62,7 @@ type tracer struct {
 	established func() ([]endpoint, error)
 	bound       func() ([]endpoint, error)
 	flows       func(port uint16) (endpoint, bool, error) // the newest UDP flow to a port
+	wire        func(endpoint) (netip.AddrPort, error)
 	inbound     func(endpoint) (string, error)
 	readDir     func(string) ([]fs.DirEntry, error) // of /proc/PID/fd
 
@@ -120,16 +122,25 @@ func (t *tracer) trace(pid int) ([]session, error) {
 		return nil, t.unseen()
 	}
 	for i := range t.found {
-		e := endpoint{local: t.found[i].Local, remote: t.found[i].Remote}
-		if t.found[i].Interface != "" {
-			continue
-		}
-		var err error
-		if t.found[i].Interface, err = t.inbound(e); err != nil {
+		if err := t.complete(&t.found[i]); err != nil {
 			return nil, err
 		}
 	}
 	return t.found, nil
+}
+
+// complete asks by which way new connections of a session's peer come.
+func (t *tracer) complete(s *session) (err error) {
+	e := endpoint{local: s.Local, remote: s.Remote}
+	if s.Wire = s.Local; s.Protocol == rules.TCP {
+		if s.Wire, err = t.wire(e); err != nil {
+			return err
+		}
+	}
+	if s.Interface == "" {
+		s.Interface, err = t.inbound(e)
+	}
+	return err
 }
 
 // walk goes from a process to the first one, and looks for sessions on the way.

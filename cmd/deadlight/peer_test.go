@@ -149,6 +149,7 @@ func TestOperator(t *testing.T) {
 				established: func() ([]endpoint, error) { return append([]endpoint{ssh, other}, tt.connections...), nil },
 				bound:       func() ([]endpoint, error) { return []endpoint{mosh}, nil },
 				flows:       func(port uint16) (endpoint, bool, error) { return flow, tt.flow && port == 60001, nil },
+				wire:        func(e endpoint) (netip.AddrPort, error) { return e.local, nil },
 				inbound:     func(endpoint) (string, error) { return "eth0", nil },
 				readDir:     readOpenDir,
 			}).trace(caller)
@@ -240,6 +241,7 @@ from = "198.51.100.66"
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			s := session{Protocol: tt.protocol, Local: netip.MustParseAddrPort(tt.local), Remote: netip.MustParseAddrPort(tt.remote), Interface: tt.in}
+			s.Wire = s.Local
 			if s.Protocol == 0 {
 				s.Protocol = rules.TCP
 			}
