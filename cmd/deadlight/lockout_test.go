@@ -344,3 +344,66 @@ func TestLockoutDetached(t *testing.T) {
 		t.Errorf("exit %s:\n%s", r.code, r.out)
 	}
 }
+
+// TestLockoutMosh: a mosh server is nobody's child and its socket is connected to
+// nobody; conntrack tells whom it serves.
+func TestLockoutMosh(t *testing.T) {
+	l := newSSHLab(t)
+	for name, policy := range map[string]string{
+		"mosh.toml":      "[open.mosh]\nports = 60001\nprotocol = \"udp\"\n",
+		"elsewhere.toml": "[open.mosh]\nports = 60001\nprotocol = \"udp\"\nfrom = \"192.0.2.0/24\"\n",
+	} {
+		if err := os.WriteFile(l.file(name), []byte("version = 1\n"+policy), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	apply := fmt.Sprintf("./deadlight apply --state-dir %s/state ", l.dir)
+	if err := l.Command(t.Context(), []string{"sh", "-c", "cd " + l.dir + " && " + apply + "mosh.toml"}, os.Stderr, os.Stderr); err != nil {
+		t.Fatal(err)
+	}
+	// Until the client has come nobody knows who it is.
+	script := "cd " + l.dir + "\nuntil grep -q 'mosh session' cut; do\n\tsleep 0.1\n\t" + apply + "elsewhere.toml >cut 2>&1\ndone\n" +
+		apply + "mosh.toml >out 2>&1\necho $? >code.new\nmv code.new code\n"
+	if err := os.WriteFile(l.file("script"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	server := []string{"env", "-u", "SSH_CONNECTION", "LC_ALL=C.UTF-8", "mosh-server", "new", "-i", l.host4.String(), "-p", "60001", "--", "sh", l.file("script")}
+	if err := l.Command(t.Context(), server, &said, &said); err != nil {
+		t.Fatalf("%v\n%s", err, said.String())
+	}
+	_, key, ok := strings.Cut(said.String(), "MOSH CONNECT 60001 ")
+	if !ok {
+		t.Fatalf("mosh-server does not say its key: %s", said.String())
+	}
+	key, _, _ = strings.Cut(strings.TrimSpace(key), "\n")
+	ctx, stop := context.WithCancel(context.Background())
+	// A terminal of no size is none to mosh.
+	client := exec.CommandContext(ctx, "script", "-qec", "stty rows 24 cols 80; mosh-client "+l.host4.String()+" 60001", "/dev/null")
+	client.Env = append(os.Environ(), "MOSH_KEY="+strings.TrimSpace(key), "LC_ALL=C.UTF-8", "TERM=xterm")
+	in, err := client.StdinPipe()
+	if err == nil {
+		err = client.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		in.Close()
+		stop()
+		_ = client.Wait() // it was killed
+	}()
+	await(t, "result of the command in mosh", func() bool {
+		_, err := os.Stat(l.file("code"))
+		return err == nil
+	})
+	for name, want := range map[string]string{
+		"cut":  "your own mosh session from " + outside4 + " to 60001/udp by eth0 would be cut",
+		"code": "0",
+	} {
+		b, err := os.ReadFile(l.file(name))
+		if err != nil || !strings.Contains(string(b), want) {
+			t.Errorf("%s: %v, want %q:\n%s", name, err, want, b)
+		}
+	}
+}
