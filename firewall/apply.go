@@ -3,6 +3,7 @@ package firewall
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -51,8 +52,7 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 			changed = changes
 		}
 		t := &transaction{table: rs.Table.Name, is: is, wanted: wanted, want: want, afresh: afresh, known: c.contentOf(is), spoiled: spoiled}
-		msgs := t.messages()
-		err = c.hushed(msgs, func() error { return c.transact(is.Generation.ID, msgs) })
+		err = c.execute(t)
 		var refused *TransactionError
 		switch {
 		case errors.Is(err, ErrStale):
@@ -83,6 +83,31 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 		return Result{Generation: got.Generation, Changed: changed}, nil
 	}
 	return Result{}, ErrStale
+}
+
+// execute sends the transactions that make one of it: the first prepares what
+// nothing asks yet, the second changes what judges.
+func (c *Conn) execute(t *transaction) error {
+	first, second, err := t.messages()
+	if err != nil {
+		return err
+	}
+	gen := t.is.Generation.ID
+	return c.hushed(append(slices.Clone(first), second...), func() error {
+		if len(first) > 0 {
+			if err := c.transact(gen, first); err != nil {
+				return err
+			}
+			now, err := c.Generation()
+			if err != nil {
+				return err
+			}
+			if gen = max(gen+1, 1); now.ID != gen { // the kernel leaves out 0
+				return ErrStale
+			}
+		}
+		return c.transact(gen, second)
+	})
 }
 
 // Remove deletes the table. It says whether there was one.

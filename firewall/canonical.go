@@ -35,6 +35,7 @@ const (
 	bitwiseShape
 	immediateShape
 	dynsetShape
+	lookupShape
 	logShape
 )
 
@@ -121,6 +122,8 @@ func dataOf(expression string) shape {
 		return immediateShape
 	case "dynset":
 		return dynsetShape
+	case "lookup":
+		return lookupShape
 	case "log":
 		return logShape
 	}
@@ -158,6 +161,10 @@ func canonical(dst, b []byte, sh shape) []byte {
 		if sh == exprShape && it.typ == unix.NFTA_EXPR_DATA {
 			in = name
 		}
+		if sh == lookupShape && it.typ == unix.NFTA_LOOKUP_SET || sh == dynsetShape && it.typ == unix.NFTA_DYNSET_SET_NAME {
+			it.value = bytes.TrimSuffix(it.value, []byte{0})
+			it.value = append(bytes.Clone(bytes.TrimSuffix(it.value, []byte(secondName))), 0)
+		}
 		if in == plain {
 			if sh.keepsZeros() || len(bytes.Trim(it.value, "\x00")) > 0 {
 				dst = attr(dst, it.typ, it.value)
@@ -176,6 +183,10 @@ func canonical(dst, b []byte, sh shape) []byte {
 	}
 	return dst
 }
+
+// secondName ends the name of a set that took the place of one of the same name
+// while that was still in use. No name that a policy gives ends like this.
+const secondName = "_alt"
 
 // comment reads the comment of a rule.
 func comment(rule []byte) string { return ruleNote(attrOf(rule, unix.NFTA_RULE_USERDATA)) }

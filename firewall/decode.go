@@ -28,6 +28,11 @@ type Snapshot struct {
 	sets       map[string]*setState
 	objects    map[string]objectState // by kind and name
 	flowtables map[string]string
+
+	real map[string]string // the names of sets in the kernel, where they are second names
+	used map[string]bool   // the names of sets and objects that rules use, as in the kernel
+	// What an apply prepared that did not come to its end: nothing uses it.
+	leftSets, leftChains []string
 }
 
 type chainState struct {
@@ -73,7 +78,16 @@ func newSnapshot() *Snapshot {
 	return &Snapshot{
 		chains: map[string]*chainState{}, sets: map[string]*setState{},
 		objects: map[string]objectState{}, flowtables: map[string]string{},
+		real: map[string]string{}, used: map[string]bool{},
 	}
+}
+
+// realName is the name of a set in the kernel.
+func (s *Snapshot) realName(set string) string {
+	if real := s.real[set]; real != "" {
+		return real
+	}
+	return set
 }
 
 func (s *Snapshot) chain(name string) *chainState {
@@ -108,6 +122,7 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 	case unix.NFT_MSG_NEWRULE:
 		ch := s.chain(attrText(attrs, unix.NFTA_RULE_CHAIN))
 		ch.rules = append(ch.rules, form(attrs, ruleShape))
+		uses(attrs, func(name string) { s.used[name] = true })
 	case unix.NFT_MSG_NEWSET:
 		set := s.set(attrText(attrs, unix.NFTA_SET_NAME))
 		set.definition = form(attrs, setShape)
@@ -120,7 +135,11 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 			set.large = &largeState{count: set.count}
 		}
 	case unix.NFT_MSG_NEWSETELEM:
-		set := s.set(attrText(attrs, unix.NFTA_SET_ELEM_LIST_SET))
+		name := attrText(attrs, unix.NFTA_SET_ELEM_LIST_SET)
+		if first := strings.TrimSuffix(name, secondName); s.real[first] == name {
+			name = first
+		}
+		set := s.set(name)
 		for _, el := range attributes(attrOf(attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
 			e := element{start: form(el, elementShape)}
 			if set.is(unix.NFT_SET_EVAL) {
@@ -336,18 +355,86 @@ func (c *Conn) contents(s *Snapshot, table string) error {
 			return err
 		}
 	}
+	s.settleNames()
 	s.takeMarks()
 	for _, name := range sortedKeys(s.sets) {
 		if s.sets[name].large != nil {
 			continue
 		}
 		q := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
-		q = attrString(q, unix.NFTA_SET_ELEM_LIST_SET, name)
+		q = attrString(q, unix.NFTA_SET_ELEM_LIST_SET, s.realName(name))
 		if err := c.dump(unix.NFT_MSG_GETSETELEM, q, into); err != nil {
 			return err
 		}
 	}
+	s.leaveChains()
 	return nil
+}
+
+// settleNames gives sets their first names, and leaves out those that an apply
+// prepared and nothing uses.
+func (s *Snapshot) settleNames() {
+	leave := func(name string) {
+		s.leftSets = append(s.leftSets, name)
+		delete(s.sets, name)
+	}
+	preparing := s.chains[chainPreparing] != nil
+	for _, name := range sortedKeys(s.sets) {
+		if first, isSecond := strings.CutSuffix(name, secondName); isSecond {
+			switch other := s.sets[first] != nil; {
+			case other && s.used[first] && s.used[name]: // which is not our work
+			case other && !s.used[name]:
+				leave(name)
+			default:
+				if other {
+					leave(first)
+				}
+				s.sets[first], s.real[first] = s.sets[name], name
+				delete(s.sets, name)
+			}
+		}
+	}
+	for _, name := range sortedKeys(s.sets) {
+		if set := s.sets[name]; preparing && !s.used[s.realName(name)] && !set.is(unix.NFT_SET_ANONYMOUS) {
+			real := s.realName(name)
+			delete(s.real, name)
+			delete(s.sets, name)
+			s.leftSets = append(s.leftSets, real)
+		}
+	}
+}
+
+// leaveChains leaves out the chains that an apply prepared and nothing uses.
+func (s *Snapshot) leaveChains() {
+	if s.chains[chainPreparing] == nil {
+		return
+	}
+	used := map[string]bool{}
+	for _, ch := range s.chains {
+		for _, r := range ch.rules {
+			for _, e := range expressions(attrOf([]byte(r), unix.NFTA_RULE_EXPRESSIONS)) {
+				if e.name == "immediate" {
+					used[verdictChain(attrOf(e.data, unix.NFTA_IMMEDIATE_DATA))] = true
+				}
+			}
+		}
+	}
+	for _, set := range s.sets {
+		for _, e := range set.elements {
+			used[verdictChain(attrOf([]byte(e.start), unix.NFTA_SET_ELEM_DATA))] = true
+		}
+	}
+	for _, name := range sortedKeys(s.chains) {
+		if ch := s.chains[name]; !ch.base && len(ch.rules) == 0 && !used[name] {
+			s.leftChains = append(s.leftChains, name)
+			delete(s.chains, name)
+		}
+	}
+}
+
+// verdictChain is the chain that a verdict leads to.
+func verdictChain(data []byte) string {
+	return attrText(attrOf(data, unix.NFTA_DATA_VERDICT), unix.NFTA_VERDICT_CHAIN)
 }
 
 // forgetCounted leaves out what packets put into meters, which is no part of a

@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"errors"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -129,42 +130,36 @@ func FuzzRoundTrip(f *testing.F) {
 	})
 }
 
-// Only what keeps clear of everything else may change in an interval set that
-// stays.
-func TestApart(t *testing.T) {
-	set := func(policy string) *setState {
-		s, err := Meant(ruleset(t, policy), time.Now())
-		if err != nil {
-			t.Fatal(err)
+// Only what keeps clear of everything else may change in a list that stays.
+func TestApartRanges(t *testing.T) {
+	list := func(texts ...string) (out []rules.AddrRange) {
+		for _, s := range texts {
+			p := netip.MustParsePrefix(s)
+			hi := p.Addr().As4()
+			for i := p.Bits(); i < 32; i++ {
+				hi[i/8] |= 0x80 >> (i % 8)
+			}
+			out = append(out, rules.AddrRange{Lo: p.Addr(), Hi: netip.AddrFrom4(hi)})
 		}
-		return s.sets["tcp_open"]
-	}
-	one := func(ports string) *setState { return set("[open.a]\nports = [" + ports + "]\n") }
-	two := func(a, b string) *setState {
-		return set("[open.a]\nports = [" + a + "]\n[open.b]\nfrom = \"192.0.2.1\"\nports = [" + b + "]\n")
+		return out
 	}
 	for _, tt := range []struct {
-		name       string
-		is, wanted *setState
-		want       bool
+		name    string
+		is, now []rules.AddrRange
+		want    bool
 	}{
-		{"one more, alone", one(`"10-20"`), one(`"10-20", "30-40"`), true},
-		{"one less, alone", one(`"10-20", "30-40"`), one(`"10-20"`), true},
-		{"one more, a port between", one(`"10-20"`), one(`"10-20", 22`), true},
-		{"one that grows", one(`"10-20"`), one(`"10-21"`), false},
-		{"one that begins earlier", one(`"10-20"`), one(`"9-20"`), false},
-		{"one in two", one(`"10-20"`), one(`"10-12", "14-20"`), false},
-		{"another rule beside it", two(`"10-20"`, `30`), two(`"10-20"`, `21`), false},
-		{"another rule goes from beside it", two(`"10-20"`, `21`), two(`"10-20"`, `30`), false},
-		{"another rule for the same ports", two(`"10-20", "40-50"`, `30`), two(`"40-50"`, `"10-20", 30`), false},
-		{"up to the last", one(`"10-20"`), one(`"10-20", "65000-65535"`), true},
-		{"beyond the last", one(`"65000-65535"`), one(`"65100-65535"`), false},
+		{"one more, alone", list("10.0.0.0/24"), list("10.0.0.0/24", "10.0.2.0/24"), true},
+		{"one less, alone", list("10.0.0.0/24", "10.0.2.0/24", "10.0.4.0/24"), list("10.0.0.0/24", "10.0.4.0/24"), true},
+		{"one instead of another", list("10.0.0.0/24"), list("10.0.2.0/24"), true},
+		{"one that grows", list("10.0.0.0/24"), list("10.0.0.0/23"), false},
+		{"one that begins earlier", list("10.0.1.0/24"), list("10.0.0.0/23"), false},
+		{"one in two", list("10.0.0.0/22"), list("10.0.0.0/24", "10.0.2.0/24"), false},
+		{"one that takes the place beside", list("10.0.0.0/24"), list("10.0.1.0/24"), false},
+		{"up to the last", list("10.0.0.0/24"), list("10.0.0.0/24", "255.0.0.0/8"), true},
+		{"beyond the last", list("255.0.0.0/8"), list("255.0.0.0/9"), false},
 	} {
-		gone, missing := elementChanges(tt.is, tt.wanted)
-		if len(gone)+len(missing) == 0 {
-			t.Errorf("%s: nothing changes", tt.name)
-		}
-		if got := apart(tt.is.elements, gone, missing); got != tt.want {
+		gone, missing := rangeChanges(tt.is, tt.now)
+		if got := apartRanges(gone, missing, tt.is, tt.now); got != tt.want {
 			t.Errorf("%s: %t", tt.name, got)
 		}
 	}

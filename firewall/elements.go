@@ -16,6 +16,7 @@ import (
 // of an attribute ask for.
 type elementWriter struct {
 	table string
+	name  string // of the set, in the kernel
 	set   *rules.Set
 	left  time.Duration // above 0: when the elements vanish by themselves
 	typ   uint16        // NFT_MSG_NEWSETELEM or NFT_MSG_DELSETELEM
@@ -91,9 +92,9 @@ func (w *elementWriter) addresses(ranges []rules.AddrRange, wanted func(rules.Ad
 	}
 	w.flush()
 	for part := range slices.Chunk(ranges, rangesPerMessage) {
-		later := &elementWriter{table: w.table, set: w.set, left: w.left}
+		later := &elementWriter{table: w.table, name: w.name, set: w.set, left: w.left}
 		w.out = append(w.out, message{
-			typ: w.typ, flags: w.flags, what: w.what + " of set " + w.set.Name, size: len(part)*(rangeBytes+2*part[0].Lo.BitLen()/8) + 128,
+			typ: w.typ, flags: w.flags, what: w.what + " of set " + w.name, size: len(part)*(rangeBytes+2*part[0].Lo.BitLen()/8) + 128,
 			write: func(b []byte) []byte {
 				later.begin(b)
 				write(later, part)
@@ -160,7 +161,7 @@ func (w *elementWriter) room() {
 
 func (w *elementWriter) begin(b []byte) {
 	w.buf = attrString(b, unix.NFTA_SET_ELEM_LIST_TABLE, w.table)
-	w.buf = attrString(w.buf, unix.NFTA_SET_ELEM_LIST_SET, w.set.Name)
+	w.buf = attrString(w.buf, unix.NFTA_SET_ELEM_LIST_SET, w.name)
 	w.list = len(w.buf)
 	w.buf = append(w.buf, 0, 0, 0, 0)
 }
@@ -177,7 +178,7 @@ func (w *elementWriter) flush() {
 		return
 	}
 	w.end()
-	w.out = append(w.out, message{typ: w.typ, flags: w.flags, attrs: w.buf, what: w.what + " of set " + w.set.Name})
+	w.out = append(w.out, message{typ: w.typ, flags: w.flags, attrs: w.buf, what: w.what + " of set " + w.name})
 }
 
 // appendElement writes one element; a left above 0 is when it vanishes by itself.

@@ -45,6 +45,7 @@ type encodedChain struct {
 	name string
 	message
 	rules []message
+	from  *rules.Chain
 }
 
 type encodedSet struct {
@@ -52,13 +53,13 @@ type encodedSet struct {
 	message
 }
 
-// elements gives the messages that fill a set.
-func (e *encoded) elements(table string, s *rules.Set) []message {
+// elements gives the messages that fill a set, which has that name in the kernel.
+func (e *encoded) elements(table, name string, s *rules.Set) []message {
 	left := s.Left(e.now)
 	if left == 0 {
 		return nil // its time is over
 	}
-	w := elementWriter{table: table, set: s, left: left, typ: unix.NFT_MSG_NEWSETELEM, flags: unix.NLM_F_CREATE, what: "elements"}
+	w := elementWriter{table: table, name: name, set: s, left: left, typ: unix.NFT_MSG_NEWSETELEM, flags: unix.NLM_F_CREATE, what: "elements"}
 	w.all()
 	return w.out
 }
@@ -93,7 +94,7 @@ func (e *encoded) list(whole func(*rules.Set) bool) []message {
 	}
 	for _, s := range e.sets {
 		if whole(s.set) {
-			out = append(out, e.elements(rules.TableName, s.set)...)
+			out = append(out, e.elements(rules.TableName, s.set.Name, s.set)...)
 		}
 	}
 	for _, ch := range e.chains {
@@ -117,12 +118,12 @@ func encode(t *rules.Table, now time.Time) (*encoded, error) {
 		e.objects = append(e.objects, encodeLimit(t.Name, l))
 	}
 	for i := range t.Sets {
-		e.sets = append(e.sets, encodedSet{&t.Sets[i], encodeSet(t.Name, &t.Sets[i], uint32(i+1))})
+		e.sets = append(e.sets, encodedSet{&t.Sets[i], encodeSet(t.Name, t.Sets[i].Name, &t.Sets[i])})
 	}
 	for i := range t.Chains {
-		ch := encodedChain{name: t.Chains[i].Name, message: encodeChain(t.Name, &t.Chains[i])}
+		ch := encodedChain{name: t.Chains[i].Name, from: &t.Chains[i], message: encodeChain(t.Name, &t.Chains[i])}
 		for k, r := range t.Chains[i].Rules {
-			m, err := encodeRule(t, ch.name, r)
+			m, err := encodeRule(t.Name, ch.name, r, sameName)
 			if err != nil {
 				return nil, fmt.Errorf("rule %d of chain %s: %w", k+1, ch.name, err)
 			}
@@ -197,7 +198,10 @@ const (
 	bigEndian  = 2
 )
 
-func encodeSet(table string, s *rules.Set, id uint32) message {
+// sameName leaves the names of sets as they are.
+func sameName(set string) string { return set }
+
+func encodeSet(table, name string, s *rules.Set) message {
 	var flags uint32
 	if s.Interval {
 		flags |= unix.NFT_SET_INTERVAL
@@ -213,11 +217,12 @@ func encodeSet(table string, s *rules.Set, id uint32) message {
 	}
 	kt := dataType(s.Type)
 	b := attrString(nil, unix.NFTA_SET_TABLE, table)
-	b = attrString(b, unix.NFTA_SET_NAME, s.Name)
+	b = attrString(b, unix.NFTA_SET_NAME, name)
 	b = attr32(b, unix.NFTA_SET_FLAGS, flags)
 	b = attr32(b, unix.NFTA_SET_KEY_TYPE, kt.GetNFTMagic())
 	b = attr32(b, unix.NFTA_SET_KEY_LEN, kt.Bytes)
-	b = attr32(b, unix.NFTA_SET_ID, id)
+	// The transaction's own number; names tell sets apart.
+	b = attr32(b, unix.NFTA_SET_ID, 1)
 	if s.Targets != nil {
 		b = attr32(b, unix.NFTA_SET_DATA_TYPE, unix.NFT_DATA_VERDICT)
 		b = attr32(b, unix.NFTA_SET_DATA_LEN, 0)
@@ -255,15 +260,16 @@ func after(b []byte) []byte {
 	return nil
 }
 
-func encodeRule(t *rules.Table, chain string, r rules.Rule) (message, error) {
-	w := ruleWriter{family: rules.Both}
+// encodeRule writes a rule; real gives the names that its sets have in the kernel.
+func encodeRule(table, chain string, r rules.Rule, real func(set string) string) (message, error) {
+	w := ruleWriter{family: rules.Both, real: real}
 	for _, e := range r.Exprs {
 		w.add(e)
 	}
 	if w.err != nil {
 		return message{}, w.err
 	}
-	b := attrString(nil, unix.NFTA_RULE_TABLE, t.Name)
+	b := attrString(nil, unix.NFTA_RULE_TABLE, table)
 	b = attrString(b, unix.NFTA_RULE_CHAIN, chain)
 	var list []byte
 	for _, x := range w.out {
@@ -289,6 +295,7 @@ type ruleWriter struct {
 	out      []expr.Any
 	family   rules.Family
 	protocol rules.Protocol
+	real     func(set string) string
 	err      error
 }
 
@@ -303,10 +310,10 @@ func (w *ruleWriter) add(e rules.Expr) {
 		w.match(e)
 	case rules.MatchSet:
 		w.load(e.Field)
-		w.emit(&expr.Lookup{SourceRegister: reg, SetName: e.Set, Invert: e.Not})
+		w.emit(&expr.Lookup{SourceRegister: reg, SetName: w.real(e.Set), Invert: e.Not})
 	case rules.VerdictMap:
 		w.load(e.Field)
-		w.emit(&expr.Lookup{SourceRegister: reg, SetName: e.Map, DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true})
+		w.emit(&expr.Lookup{SourceRegister: reg, SetName: w.real(e.Map), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true})
 	case rules.Count:
 		// The library sends the name without its NUL; the kernel reads it back with one.
 		w.emit(&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: e.Counter + "\x00"})
@@ -342,7 +349,7 @@ func (w *ruleWriter) meter(m rules.MeterAdd) {
 		net := mask(netip.PrefixFrom(netip.IPv6Unspecified(), 64))
 		w.emit(&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 16, Mask: net, Xor: make([]byte, 16)})
 	}
-	set := &expr.Dynset{SrcRegKey: reg, SetName: m.Set}
+	set := &expr.Dynset{SrcRegKey: reg, SetName: w.real(m.Set)}
 	if m.Rate != nil {
 		set.Operation, set.Exprs = unix.NFT_DYNSET_OP_UPDATE, []expr.Any{limitOf(*m.Rate)}
 	} else {

@@ -551,7 +551,10 @@ func (g *Guard) prepare(target *Target) {
 		return
 	}
 	none := newSnapshot()
-	g.ready = (&transaction{table: rules.TableName, is: none, wanted: wanted, want: want, known: g.conn.contentOf(none)}).messages()
+	_, g.ready, err = (&transaction{table: rules.TableName, is: none, wanted: wanted, want: want, afresh: true, known: g.conn.contentOf(none)}).messages()
+	if err != nil {
+		g.ready = nil // likewise
+	}
 }
 
 // settle looks whether a heal led to what was recorded: another version of

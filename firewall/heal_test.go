@@ -382,7 +382,7 @@ func TestGuardBacksOff(t *testing.T) {
 		mustApply(t, d.conn, rs)
 		d.applied.set(targetOf(t, rs))
 		d.applied.lock.Unlock()
-		d.await(ReportApplied, ReportDrift)
+		d.await(ReportApplied, ReportDrift, ReportUndone)
 		nft(t, "flush chain inet deadlight gate") // detection never ends
 		d.await(ReportDrift)
 		d.await(ReportHealed)

@@ -73,8 +73,11 @@ func (c *Conn) contentOf(is *Snapshot) func(set string) []rules.AddrRange {
 
 // confirm looks up what a transaction changed in large sets.
 func (c *Conn) confirm(t *transaction) ([]Difference, error) {
+	lookUp := func(name string, list []rules.AddrRange, present bool) ([]Difference, error) {
+		return c.lookUp(name, t.real[name], t.wanted.sets[name], list, present)
+	}
 	for _, name := range sortedKeys(t.delta) {
-		d, err := c.lookUp(name, t.wanted.sets[name], sample(t.delta[name].missing, applySamples), true)
+		d, err := lookUp(name, sample(t.delta[name].missing, applySamples), true)
 		if err != nil || d != nil {
 			return d, err
 		}
@@ -88,7 +91,7 @@ func (c *Conn) confirm(t *transaction) ([]Difference, error) {
 			if found {
 				continue // another range holds it now
 			}
-			d, err := c.lookUp(name, t.wanted.sets[name], []rules.AddrRange{{Lo: r.Lo, Hi: r.Lo}}, false)
+			d, err := lookUp(name, []rules.AddrRange{{Lo: r.Lo, Hi: r.Lo}}, false)
 			if err != nil || d != nil {
 				return d, err
 			}
@@ -113,9 +116,10 @@ func (c *Conn) differences(is, wanted *Snapshot, content func(set string) *rules
 		if set == nil || len(set.Addrs) == 0 {
 			continue
 		}
-		d, err := c.lookUp(name, w, draw(set, samples), true)
+		real := is.realName(name)
+		d, err := c.lookUp(name, real, w, draw(set, samples), true)
 		if err == nil && d == nil {
-			d, err = c.edges(name, w, set)
+			d, err = c.edges(name, real, w, set)
 		}
 		if err != nil {
 			return nil, nil, err
@@ -156,20 +160,20 @@ func sample(ranges []rules.AddrRange, n int) []rules.AddrRange {
 }
 
 // edges looks at the one address whose range has no end for the kernel to count.
-func (c *Conn) edges(name string, set *setState, wanted *rules.Set) ([]Difference, error) {
+func (c *Conn) edges(name, real string, set *setState, wanted *rules.Set) ([]Difference, error) {
 	last := wanted.Addrs[len(wanted.Addrs)-1]
 	if _, ok := endOf(last.Hi); !ok && wanted.Holds(last) || !set.is(unix.NFT_SET_INTERVAL) {
 		return nil, nil
 	}
 	top, _ := netip.AddrFromSlice(bytes.Repeat([]byte{0xff}, last.Hi.BitLen()/8))
-	return c.lookUp(name, set, []rules.AddrRange{{Lo: top, Hi: top}}, false)
+	return c.lookUp(name, real, set, []rules.AddrRange{{Lo: top, Hi: top}}, false)
 }
 
-// lookUp asks the kernel for ranges that must all be there, or the one that must be
-// absent. The first that is not gives the difference.
-func (c *Conn) lookUp(name string, set *setState, ranges []rules.AddrRange, present bool) ([]Difference, error) {
+// lookUp asks the kernel, which calls the set real, for ranges that must all be
+// there, or the one that must be absent. The first that is not gives the difference.
+func (c *Conn) lookUp(name, real string, set *setState, ranges []rules.AddrRange, present bool) ([]Difference, error) {
 	const batch = 128
-	w := &elementWriter{table: rules.TableName, set: &rules.Set{Name: name, Interval: set.is(unix.NFT_SET_INTERVAL)}, typ: unix.NFT_MSG_GETSETELEM}
+	w := &elementWriter{table: rules.TableName, name: real, set: &rules.Set{Name: name, Interval: set.is(unix.NFT_SET_INTERVAL)}, typ: unix.NFT_MSG_GETSETELEM}
 	for ask := range slices.Chunk(ranges, batch) {
 		w.out = nil
 		w.addresses(ask, nil)

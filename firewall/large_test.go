@@ -80,7 +80,11 @@ func largeSets(rs *rules.Ruleset) (out []*rules.Set) {
 
 func count(t *testing.T, set string) int {
 	t.Helper()
-	return strings.Count(nft(t, "list", "set", "inet", "deadlight", set), ",") + 1
+	is, err := dial(t).Snapshot(rules.TableName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(nft(t, "list", "set", "inet", "deadlight", is.realName(set)), ",") + 1
 }
 
 // A list that changed in a few lines is sent as these lines, and what the kernel
@@ -153,7 +157,11 @@ func TestOnlyWhatChangedIsSent(t *testing.T) {
 			}
 			c.Known = knownFrom(rs)
 			tr := &transaction{table: rules.TableName, is: is, wanted: wanted, want: want, known: c.contentOf(is)}
-			for _, m := range tr.messages() {
+			first, second, err := tr.messages()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range append(first, second...) {
 				n += len(m.body())
 			}
 			return n

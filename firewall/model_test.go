@@ -190,7 +190,7 @@ func listAfter(t *rapid.T, list ...*rules.Ruleset) []string {
 	if err := <-done; err != nil {
 		t.Fatalf("%v", err)
 	}
-	text := countedPackets.ReplaceAllString(timeout.ReplaceAllString(string(out), "$1"), "")
+	text := countedPackets.ReplaceAllString(timeout.ReplaceAllString(strings.ReplaceAll(string(out), secondName, ""), "$1"), "")
 	_, text, _ = strings.Cut(text, "comment \"managed by deadlight\"")
 	parts := strings.Split(text, "\n\t}\n")
 	slices.Sort(parts)

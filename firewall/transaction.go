@@ -11,15 +11,24 @@ import (
 )
 
 // transaction turns the table that is into the wanted one, in place: only what
-// differs is written, base chains stay hooked throughout (one that is deleted and
-// added again accepts packets until its policy takes hold at the end of the
-// commit), and a set whose content changes keeps what stays.
+// differs is written, and base chains stay hooked throughout (one that is deleted
+// and added again accepts packets until its policy takes hold at the end of the
+// commit).
+//
+// Rules, chains and hash sets change for packets at one instant of the commit. Sets
+// of intervals do not: their lookup (net/netfilter/nft_set_rbtree.c) changes at the
+// end of it, and meets elements of both generations before. New rules must not meet
+// old intervals, nor none: an interval set that changes is made anew, under its
+// second name, in a transaction of its own before the one that changes the rules,
+// and nothing asks it until then. Only a large set whose list changed, and nothing
+// else, changes in place.
 type transaction struct {
 	table      string
 	is, wanted *Snapshot
 	want       *encoded
 	// afresh writes everything but base chains, counters and meters, whatever is
-	// there: for tables that others have turned into something else.
+	// there, in one transaction: for tables that others have turned into something
+	// else, or where there is none.
 	afresh bool
 	// known gives what a large set holds now; nil when nobody knows.
 	known func(set string) []rules.AddrRange
@@ -33,65 +42,131 @@ type transaction struct {
 	delta    map[string]*largeDelta  // of large sets that stay
 	small    map[string][2][]element // of small sets that stay: gone and missing
 	sets     map[string]*rules.Set   // by name
+	real     map[string]string       // the names of sets in the kernel, afterwards
 }
 
 // largeDelta is what changes in a large set.
 type largeDelta struct{ gone, missing []rules.AddrRange }
 
-// messages lists the messages of the transaction. Their order is the kernel's:
-// what is used goes after what uses it, and what is used comes before.
-func (t *transaction) messages() []message {
+// chainPreparing marks a table in which an apply prepares sets: what nothing uses
+// there is no part of the ruleset.
+const chainPreparing = "preparing"
+
+// messages lists the messages of the transactions, one or two. Their order is the
+// kernel's: what is used goes after what uses it, and what is used comes before.
+func (t *transaction) messages() (first, second []message, err error) {
 	t.plan()
-	out := []message{t.want.table}
+	prepared := func(name string) bool { return !t.afresh && t.newSet[name] && t.sets[name].Interval }
+	early := func(ch encodedChain) bool {
+		return t.newChain[ch.name] && ch.from.Base == nil && t.is.chains[ch.name] == nil
+	}
+	var clean []message
 	if t.is.Present {
-		out = append(out, t.removals()...)
+		clean = t.leftovers()
+	}
+	two := slices.ContainsFunc(t.want.sets, func(s encodedSet) bool { return prepared(s.set.Name) })
+	second = append(second, t.want.table)
+	if two {
+		if !t.is.Present {
+			first = append(first, t.want.table)
+		}
+		first = append(first, clean...)
+		first = append(first, encodeChain(t.table, &rules.Chain{Name: chainPreparing}))
+		second = append(second, t.del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, chainPreparing, "chain"))
+	} else {
+		second = append(second, clean...)
+	}
+	if t.is.Present {
+		second = append(second, t.removals()...)
 	}
 	for _, o := range t.want.objects {
 		if t.newObj[o.name] {
-			out = append(out, o.message)
+			second = append(second, o.message)
 		}
 	}
 	for _, ch := range t.want.chains {
-		if is := t.is.chains[ch.name]; t.newChain[ch.name] || is.definition != t.wanted.chains[ch.name].definition {
-			out = append(out, ch.message)
+		switch is := t.is.chains[ch.name]; {
+		case two && early(ch):
+			first = append(first, ch.message)
+		case t.newChain[ch.name] || is.definition != t.wanted.chains[ch.name].definition:
+			second = append(second, ch.message)
 		}
 	}
 	for _, s := range t.want.sets {
-		if t.newSet[s.set.Name] {
-			out = append(out, s.message)
+		name := s.set.Name
+		if !t.newSet[name] {
+			continue
+		}
+		if m := encodeSet(t.table, t.real[name], s.set); prepared(name) {
+			first = append(first, m)
+		} else {
+			second = append(second, m)
 		}
 	}
 	for _, s := range t.want.sets {
 		name := s.set.Name
 		switch d := t.delta[name]; {
+		case prepared(name):
+			first = append(first, t.want.elements(t.table, t.real[name], s.set)...)
 		case t.newSet[name]:
-			out = append(out, t.want.elements(t.table, s.set)...)
+			second = append(second, t.want.elements(t.table, t.real[name], s.set)...)
 		case d != nil:
 			w := t.writer(s.set, unix.NFT_MSG_NEWSETELEM)
 			w.addresses(d.missing, nil)
 			w.flush()
-			out = append(out, w.out...)
+			second = append(second, w.out...)
 		default:
 			w := t.writer(s.set, unix.NFT_MSG_NEWSETELEM)
 			w.raw(t.small[name][1])
-			out = append(out, w.out...)
+			second = append(second, w.out...)
 		}
 	}
 	for _, ch := range t.want.chains {
-		if t.rewrite[ch.name] || t.newChain[ch.name] {
-			out = append(out, ch.rules...)
+		if !t.rewrite[ch.name] && !t.newChain[ch.name] {
+			continue
+		}
+		for _, r := range ch.from.Rules {
+			m, err := encodeRule(t.table, ch.name, r, func(set string) string { return t.real[set] })
+			if err != nil {
+				return nil, nil, err
+			}
+			second = append(second, m)
 		}
 	}
-	return out
+	return first, second, nil
 }
 
 // plan decides what stays.
 func (t *transaction) plan() {
-	t.newSet, t.newChain, t.rewrite, t.newObj = map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}
-	t.delta, t.small, t.sets = map[string]*largeDelta{}, map[string][2][]element{}, map[string]*rules.Set{}
+	t.sets = map[string]*rules.Set{}
 	for _, s := range t.want.sets {
 		t.sets[s.set.Name] = s.set
-		t.newSet[s.set.Name] = !t.keepsSet(s.set.Name)
+	}
+	t.decide(true)
+	for name := range t.newChain {
+		// A name that is taken by a chain of another kind is free only in the end.
+		t.afresh = t.afresh || t.is.chains[name] != nil
+	}
+	if t.afresh || t.moreThanLists() {
+		t.decide(false)
+	}
+	t.real = map[string]string{}
+	for name, set := range t.sets {
+		t.real[name] = t.is.realName(name)
+		if t.newSet[name] && set.Interval && !t.afresh && t.is.sets[name] != nil {
+			if t.real[name] = name; t.is.realName(name) == name {
+				t.real[name] = name + secondName
+			}
+		}
+	}
+}
+
+// decide decides what stays; inPlace lets large sets change where they are.
+func (t *transaction) decide(inPlace bool) {
+	t.newSet, t.newChain, t.rewrite, t.newObj = map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}
+	t.delta, t.small = map[string]*largeDelta{}, map[string][2][]element{}
+	for name := range t.sets {
+		t.newSet[name] = !t.keepsSet(name, inPlace)
 	}
 	for _, o := range t.want.objects {
 		is, ok := t.is.objects[o.name]
@@ -99,24 +174,65 @@ func (t *transaction) plan() {
 	}
 	for name, wanted := range t.wanted.chains {
 		is := t.is.chains[name]
-		if is == nil || is.anonymous || is.hook != wanted.hook || t.afresh && !is.base {
+		if is == nil || is.anonymous || is.hook != wanted.hook {
 			t.newChain[name] = true
 			continue
 		}
-		t.rewrite[name] = t.afresh || !equalRules(is.rules, wanted.rules) || t.loses(is.rules)
+		t.rewrite[name] = t.afresh || !slices.Equal(is.rules, wanted.rules) || t.loses(is.rules)
 	}
 }
 
-func equalRules(a, b []string) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
+// moreThanLists reports whether a list of intervals would change in place beside
+// something else, or take over from the single addresses beside it.
+func (t *transaction) moreThanLists() bool {
+	intervals, base := false, ""
+	for name, d := range t.delta {
+		set := t.sets[name]
+		intervals = intervals || set.Interval
+		// The two families and the single addresses of one list.
+		list := strings.TrimRight(strings.TrimSuffix(name, "_hosts"), "46")
+		if base != "" && base != list {
+			return true
+		}
+		base = list
+		if hosts := t.delta[name+"_hosts"]; hosts != nil && (overlap(d.missing, hosts.gone) || overlap(d.gone, hosts.missing)) {
+			return true
 		}
 	}
-	return true
+	if !intervals {
+		return false
+	}
+	for name := range t.newSet {
+		if t.newSet[name] || len(t.small[name][0])+len(t.small[name][1]) > 0 {
+			return true
+		}
+	}
+	for name := range t.newObj {
+		if t.newObj[name] {
+			return true
+		}
+	}
+	for name := range t.wanted.chains {
+		if name != rules.ChainApplied && (t.newChain[name] || t.rewrite[name]) {
+			return true
+		}
+	}
+	return len(t.is.chains) != len(t.wanted.chains) || len(t.is.sets) != len(t.wanted.sets)
+}
+
+// overlap reports whether two ascending lists have addresses in common.
+func overlap(a, b []rules.AddrRange) bool {
+	for len(a) > 0 && len(b) > 0 {
+		switch {
+		case a[0].Hi.Less(b[0].Lo):
+			a = a[1:]
+		case b[0].Hi.Less(a[0].Lo):
+			b = b[1:]
+		default:
+			return true
+		}
+	}
+	return false
 }
 
 // loses reports whether rules name something that is made anew: the kernel lets
@@ -132,7 +248,7 @@ func (t *transaction) loses(list []string) bool {
 }
 
 // keepsSet decides whether a set stays, and what of its content changes.
-func (t *transaction) keepsSet(name string) bool {
+func (t *transaction) keepsSet(name string, inPlace bool) bool {
 	is, wanted := t.is.sets[name], t.wanted.sets[name]
 	switch {
 	case is == nil || is.definition != wanted.definition || is.is(unix.NFT_SET_ANONYMOUS) || is.is(unix.NFT_SET_CONSTANT):
@@ -142,61 +258,30 @@ func (t *transaction) keepsSet(name string) bool {
 	case t.afresh:
 		return false
 	case wanted.large != nil:
-		return t.keepsLarge(name, is, wanted)
+		return t.keepsLarge(name, is, wanted, inPlace)
 	case is.large != nil || len(diffSets(name, is, wanted)) > 0 && !(wanted.first.IsZero() && is.first.IsZero()):
 		return false // a deadline cannot be moved in place
 	}
 	gone, missing := elementChanges(is, wanted)
-	if is.is(unix.NFT_SET_INTERVAL) && len(gone)+len(missing) > 0 && !apart(is.elements, gone, missing) {
+	if is.is(unix.NFT_SET_INTERVAL) && len(gone)+len(missing) > 0 {
 		return false
 	}
 	t.small[name] = [2][]element{gone, missing}
 	return true
 }
 
-// apart reports whether what changes in a set of intervals keeps clear of
-// everything else in it. Where intervals touch or overlap, the lookup
-// (net/netfilter/nft_set_rbtree.c) meets nodes of both generations while a
-// transaction is committed, and finds what is neither in the one nor in the other:
-// a set that changes so is made anew beside the old one.
-func apart(is []element, gone, missing []element) bool {
-	type interval struct {
-		start, end string // end is the first key after it, "" when there is none
-		changed    bool
-	}
-	changed := make(map[element]bool, len(gone))
-	for _, e := range gone {
-		changed[e] = true
-	}
-	var all []interval
-	add := func(e element, changed bool) {
-		all = append(all, interval{e.key(), element{start: e.end}.key(), changed})
-	}
-	for _, e := range is {
-		add(e, changed[e])
-	}
-	for _, e := range missing {
-		add(e, true)
-	}
-	slices.SortFunc(all, func(a, b interval) int { return strings.Compare(a.start, b.start) })
-	for i := 1; i < len(all); i++ {
-		// Those that stay are apart, so that no other can reach beyond its neighbour unseen.
-		if before, here := all[i-1], all[i]; (before.changed || here.changed) && (before.end == "" || before.end >= here.start) {
-			return false
-		}
-	}
-	return true
-}
-
-func (t *transaction) keepsLarge(name string, is, wanted *setState) bool {
+func (t *transaction) keepsLarge(name string, is, wanted *setState, inPlace bool) bool {
 	if t.spoiled[name] || is.large == nil {
 		return false
 	}
 	if len(diffSets(name, is, wanted)) == 0 {
 		return true
 	}
-	old := t.known(name)
 	set := t.sets[name]
+	if set.Interval && !inPlace {
+		return false
+	}
+	old := t.known(name)
 	if old == nil || is.large.count >= 0 && is.large.count != kernelCount(&rules.Set{Addrs: old, Interval: set.Interval}) {
 		return false
 	}
@@ -210,7 +295,9 @@ func (t *transaction) keepsLarge(name string, is, wanted *setState) bool {
 	return true
 }
 
-// apartRanges is apart for ranges of addresses, of which few of many change.
+// apartRanges reports whether what changes in a set of ranges keeps clear of
+// everything else in it: where ranges touch or overlap, older kernels find what is
+// neither in the one content nor in the other while they commit.
 func apartRanges(gone, missing, old, now []rules.AddrRange) bool {
 	alone := func(r rules.AddrRange, list []rules.AddrRange) bool {
 		// The first that does not end before r, and does not touch it either.
@@ -256,7 +343,7 @@ func rangeChanges(old, wanted []rules.AddrRange) (gone, missing []rules.AddrRang
 }
 
 func (t *transaction) writer(set *rules.Set, typ uint16) *elementWriter {
-	w := &elementWriter{table: t.table, set: set, typ: typ, what: "elements"}
+	w := &elementWriter{table: t.table, name: t.is.realName(set.Name), set: set, typ: typ, what: "elements"}
 	if typ == unix.NFT_MSG_NEWSETELEM {
 		w.flags = unix.NLM_F_CREATE
 	} else {
@@ -265,15 +352,30 @@ func (t *transaction) writer(set *rules.Set, typ uint16) *elementWriter {
 	return w
 }
 
+func (t *transaction) del(typ, tableAttr, nameAttr uint16, name, what string) message {
+	b := attrString(attrString(nil, tableAttr, t.table), nameAttr, name)
+	return message{typ: typ, attrs: b, what: "removal of " + what + " " + name}
+}
+
+// leftovers takes away what an apply prepared that did not come to its end.
+func (t *transaction) leftovers() []message {
+	var out []message
+	for _, name := range t.is.leftSets {
+		out = append(out,
+			t.del(unix.NFT_MSG_DELSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, "the elements of set"),
+			t.del(unix.NFT_MSG_DELSET, unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, name, "set"))
+	}
+	for _, name := range t.is.leftChains {
+		out = append(out, t.del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, name, "chain"))
+	}
+	return out
+}
+
 // removals takes away what does not stay.
 func (t *transaction) removals() []message {
 	var out []message
 	del := func(typ, tableAttr, nameAttr uint16, name, what string) {
-		b := attrString(nil, tableAttr, t.table)
-		if name != "" {
-			b = attrString(b, nameAttr, name)
-		}
-		out = append(out, message{typ: typ, attrs: b, what: "removal of " + what + " " + name})
+		out = append(out, t.del(typ, tableAttr, nameAttr, name, what))
 	}
 	leaves := func(name string) bool { // a chain of the table that is
 		_, wanted := t.wanted.chains[name]
@@ -294,7 +396,7 @@ func (t *transaction) removals() []message {
 		is := t.is.sets[name]
 		switch {
 		case goes(name) && is.is(unix.NFT_SET_MAP) && !is.is(unix.NFT_SET_CONSTANT):
-			del(unix.NFT_MSG_DELSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, "the elements of set")
+			del(unix.NFT_MSG_DELSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, t.is.realName(name), "the elements of set")
 		case goes(name):
 		case t.delta[name] != nil:
 			w := t.writer(t.sets[name], unix.NFT_MSG_DELSETELEM)
@@ -314,7 +416,7 @@ func (t *transaction) removals() []message {
 	}
 	for _, name := range sortedKeys(t.is.sets) {
 		if goes(name) {
-			del(unix.NFT_MSG_DELSET, unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, name, "set")
+			del(unix.NFT_MSG_DELSET, unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, t.is.realName(name), "set")
 		}
 	}
 	for _, key := range sortedKeys(t.is.objects) {
