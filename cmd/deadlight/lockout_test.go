@@ -252,7 +252,7 @@ func TestLockout(t *testing.T) {
 		"without its environment": {way: "env -i /bin/%s", six: true},
 		"in a session of its own": {way: "setsid -w %s"},
 		"as another user's shell": {way: "su root -s /bin/sh -c '%s'", real: true},
-		"in tmux":                 {way: "tmux -L lockout -f /dev/null new-session '%s'", real: true},
+		"in tmux":                 {way: "env -u SSH_CONNECTION tmux -L lockout -f /dev/null new-session '%s'", real: true},
 		"in tmux over ipv6":       {way: "tmux -L lockout -f /dev/null new-session '%s'", real: true, six: true},
 		"from the host itself":    {way: "ssh -tt -F none -i ID -p 2222 " + quiet + " root@127.0.0.1 %s", real: true},
 	} {
