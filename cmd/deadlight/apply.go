@@ -11,6 +11,7 @@ import (
 
 func newApplyCommand(e env) *cobra.Command {
 	var dry bool
+	var f applyFlags
 	c := &cobra.Command{
 		Use:     "apply [POLICY]",
 		GroupID: groupApply,
@@ -24,24 +25,34 @@ What was applied is kept, with the text of the policy and its lists: deadlight
 drift holds the kernel against it. An apply that was killed is either undone or
 finished by the next one.
 
-This version does not check whether the policy admits your own connection: look
-with deadlight check and try it with deadlight try before you apply it remotely.`,
+A policy that would not let your own SSH or mosh session in again is refused, with
+the lines to add. The session is found through its socket, also under sudo, su,
+tmux and screen; what a service or a timer runs has none.
+
+As root, a policy is refused that others could write: its files, the directories
+they stand in and those above, where these are not sticky. Of what the shell hands
+over (/dev/stdin, /dev/fd/3) a pipe is taken as it is, and a file must be safe
+itself.`,
 		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --dry-run",
 		Args:    atMostPolicy,
 	}
 	dir := stateFlag(c)
 	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing: the same as deadlight plan")
+	c.Flags().BoolVar(&f.acceptLockout, "accept-lockout", false, "apply also what does not admit your own session")
+	c.Flags().BoolVar(&f.insecure, "insecure-policy", false, "apply also what others than root can write")
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		if dry {
 			return plan(e, policyArg(args), planFlags{state: *dir})
 		}
-		return apply(e, policyArg(args), *dir)
+		return apply(e, policyArg(args), *dir, f)
 	}
 	return c
 }
 
-func apply(e env, file, dir string) error {
-	rs, from, err := readSources(e, file, "ruleset as before")
+type applyFlags struct{ acceptLockout, insecure bool }
+
+func apply(e env, file, dir string, f applyFlags) error {
+	rs, from, err := readTrusted(e, file, "ruleset as before", f.insecure)
 	if err != nil {
 		return err
 	}
@@ -50,6 +61,11 @@ func apply(e env, file, dir string) error {
 			printf(e.stderr, "%s: %s\n", printable(f.pos.String()), printable(f.text))
 		}
 		return refused(errors.New("an expectation of the policy does not hold: ruleset as before"), "deadlight check "+file)
+	}
+	if !f.acceptLockout {
+		if err := refuseLockout(e, file, rs); err != nil {
+			return err
+		}
 	}
 	res, err := applyAndRecord(e, file, dir, rs, from)
 	if err != nil {
