@@ -3,7 +3,6 @@ package firewall
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -45,7 +44,7 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 		if err != nil {
 			return Result{}, err
 		}
-		if len(changes) == 0 {
+		if len(changes) == 0 && !is.left.any() {
 			return Result{Generation: is.Generation, Changed: changed}, nil
 		}
 		if changed == nil {
@@ -61,7 +60,7 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 			afresh = true // the table holds something that does not let go: write all of it
 			continue
 		case err != nil:
-			return Result{}, fmt.Errorf("load the ruleset: %w", err)
+			return Result{}, errors.Join(fmt.Errorf("load the ruleset: %w", err), c.tidy(rs.Table.Name))
 		}
 		got, err := c.Snapshot(rs.Table.Name)
 		if err != nil {
@@ -85,17 +84,33 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 	return Result{}, ErrStale
 }
 
-// execute sends the transactions that make one of it: the first prepares what
-// nothing asks yet, the second changes what judges.
+// tidy clears away what was prepared for a change that the kernel refused.
+func (c *Conn) tidy(table string) error {
+	is, err := c.Snapshot(table)
+	if err != nil || !is.left.any() {
+		return err
+	}
+	t := &transaction{table: table, is: is}
+	err = c.transact(is.Generation.ID, t.clearLeft(&is.left))
+	if errors.Is(err, ErrStale) {
+		return nil // somebody is at work there; the next apply clears it away
+	}
+	return err
+}
+
+// execute sends the transactions that make one of it.
 func (c *Conn) execute(t *transaction) error {
-	first, second, err := t.messages()
+	s, err := t.steps()
 	if err != nil {
 		return err
 	}
 	gen := t.is.Generation.ID
-	return c.hushed(append(slices.Clone(first), second...), func() error {
-		if len(first) > 0 {
-			if err := c.transact(gen, first); err != nil {
+	return c.hushed(s.all(), func() error {
+		for _, msgs := range [][]message{s.prepare, s.change, s.clear} {
+			if len(msgs) == 0 {
+				continue
+			}
+			if err := c.transact(gen, msgs); err != nil {
 				return err
 			}
 			now, err := c.Generation()
@@ -106,7 +121,7 @@ func (c *Conn) execute(t *transaction) error {
 				return ErrStale
 			}
 		}
-		return c.transact(gen, second)
+		return nil
 	})
 }
 

@@ -30,10 +30,17 @@ type Snapshot struct {
 	flowtables map[string]string
 
 	real map[string]string // the names of sets in the kernel, where they are second names
-	used map[string]bool   // the names of sets and objects that rules use, as in the kernel
-	// What an apply prepared that did not come to its end: nothing uses it.
-	leftSets, leftChains []string
+	// What an apply that did not come to its end left: packets never meet it.
+	left leftovers
 }
+
+// leftovers are names in the kernel.
+type leftovers struct {
+	chains, sets []string
+	objects      []objectState
+}
+
+func (l *leftovers) any() bool { return len(l.chains)+len(l.sets)+len(l.objects) > 0 }
 
 type chainState struct {
 	definition string
@@ -41,6 +48,7 @@ type chainState struct {
 	anonymous  bool   // it ends with the rule that jumps to it
 	hook       string // what cannot change in place
 	rules      []string
+	uses       []string // sets and objects that the rules name, as in the kernel
 }
 
 type setState struct {
@@ -78,7 +86,7 @@ func newSnapshot() *Snapshot {
 	return &Snapshot{
 		chains: map[string]*chainState{}, sets: map[string]*setState{},
 		objects: map[string]objectState{}, flowtables: map[string]string{},
-		real: map[string]string{}, used: map[string]bool{},
+		real: map[string]string{},
 	}
 }
 
@@ -122,7 +130,7 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 	case unix.NFT_MSG_NEWRULE:
 		ch := s.chain(attrText(attrs, unix.NFTA_RULE_CHAIN))
 		ch.rules = append(ch.rules, form(attrs, ruleShape))
-		uses(attrs, func(name string) { s.used[name] = true })
+		uses(attrs, func(name string) { ch.uses = append(ch.uses, name) })
 	case unix.NFT_MSG_NEWSET:
 		set := s.set(attrText(attrs, unix.NFTA_SET_NAME))
 		set.definition = form(attrs, setShape)
@@ -135,11 +143,7 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 			set.large = &largeState{count: set.count}
 		}
 	case unix.NFT_MSG_NEWSETELEM:
-		name := attrText(attrs, unix.NFTA_SET_ELEM_LIST_SET)
-		if first := strings.TrimSuffix(name, secondName); s.real[first] == name {
-			name = first
-		}
-		set := s.set(name)
+		set := s.set(attrText(attrs, unix.NFTA_SET_ELEM_LIST_SET))
 		for _, el := range attributes(attrOf(attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
 			e := element{start: form(el, elementShape)}
 			if set.is(unix.NFT_SET_EVAL) {
@@ -355,79 +359,101 @@ func (c *Conn) contents(s *Snapshot, table string) error {
 			return err
 		}
 	}
-	s.settleNames()
 	s.takeMarks()
 	for _, name := range sortedKeys(s.sets) {
 		if s.sets[name].large != nil {
 			continue
 		}
 		q := attrString(nil, unix.NFTA_SET_ELEM_LIST_TABLE, table)
-		q = attrString(q, unix.NFTA_SET_ELEM_LIST_SET, s.realName(name))
+		q = attrString(q, unix.NFTA_SET_ELEM_LIST_SET, name)
 		if err := c.dump(unix.NFT_MSG_GETSETELEM, q, into); err != nil {
 			return err
 		}
 	}
-	s.leaveChains()
+	s.leaveOut()
+	s.nameSets()
 	return nil
 }
 
-// settleNames gives sets their first names, and leaves out those that an apply
-// prepared and nothing uses.
-func (s *Snapshot) settleNames() {
-	leave := func(name string) {
-		s.leftSets = append(s.leftSets, name)
-		delete(s.sets, name)
-	}
-	preparing := s.chains[chainPreparing] != nil
-	for _, name := range sortedKeys(s.sets) {
-		if first, isSecond := strings.CutSuffix(name, secondName); isSecond {
-			switch other := s.sets[first] != nil; {
-			case other && s.used[first] && s.used[name]: // which is not our work
-			case other && !s.used[name]:
-				leave(name)
-			default:
-				if other {
-					leave(first)
-				}
-				s.sets[first], s.real[first] = s.sets[name], name
-				delete(s.sets, name)
-			}
+// met finds what packets can meet: the chains that a base chain leads to, and the
+// sets and objects that their rules name.
+func (s *Snapshot) met() (chains, names map[string]bool) {
+	chains, names = map[string]bool{}, map[string]bool{}
+	var follow func(chain string)
+	follow = func(chain string) {
+		ch := s.chains[chain]
+		if ch == nil || chains[chain] {
+			return
 		}
-	}
-	for _, name := range sortedKeys(s.sets) {
-		if set := s.sets[name]; preparing && !s.used[s.realName(name)] && !set.is(unix.NFT_SET_ANONYMOUS) {
-			real := s.realName(name)
-			delete(s.real, name)
-			delete(s.sets, name)
-			s.leftSets = append(s.leftSets, real)
-		}
-	}
-}
-
-// leaveChains leaves out the chains that an apply prepared and nothing uses.
-func (s *Snapshot) leaveChains() {
-	if s.chains[chainPreparing] == nil {
-		return
-	}
-	used := map[string]bool{}
-	for _, ch := range s.chains {
+		chains[chain] = true
+		named := ch.uses
 		for _, r := range ch.rules {
 			for _, e := range expressions(attrOf([]byte(r), unix.NFTA_RULE_EXPRESSIONS)) {
 				if e.name == "immediate" {
-					used[verdictChain(attrOf(e.data, unix.NFTA_IMMEDIATE_DATA))] = true
+					follow(verdictChain(attrOf(e.data, unix.NFTA_IMMEDIATE_DATA)))
+				}
+			}
+			if ch.uses == nil { // not of the kernel
+				uses([]byte(r), func(name string) { named = append(named, name) })
+			}
+		}
+		for _, name := range named {
+			names[name] = true
+			if set := s.sets[name]; set != nil && set.is(unix.NFT_SET_MAP) {
+				for _, e := range set.elements {
+					follow(verdictChain(attrOf([]byte(e.start), unix.NFTA_SET_ELEM_DATA)))
 				}
 			}
 		}
 	}
-	for _, set := range s.sets {
-		for _, e := range set.elements {
-			used[verdictChain(attrOf([]byte(e.start), unix.NFTA_SET_ELEM_DATA))] = true
+	for name, ch := range s.chains {
+		// Nothing leads to the marks; they say what the sets that are met hold.
+		if ch.base || name == rules.ChainApplied {
+			follow(name)
 		}
 	}
+	return chains, names
+}
+
+// leaveOut leaves out what an apply prepared or has not cleared away, while the
+// table says that one is at work: all that packets cannot meet.
+func (s *Snapshot) leaveOut() {
+	if s.chains[chainPreparing] == nil {
+		return
+	}
+	s.left = s.unmet()
+}
+
+// unmet takes away what packets cannot meet, and says what that was.
+func (s *Snapshot) unmet() (l leftovers) {
+	chains, names := s.met()
 	for _, name := range sortedKeys(s.chains) {
-		if ch := s.chains[name]; !ch.base && len(ch.rules) == 0 && !used[name] {
-			s.leftChains = append(s.leftChains, name)
+		if !chains[name] {
+			l.chains = append(l.chains, name)
 			delete(s.chains, name)
+		}
+	}
+	for _, name := range sortedKeys(s.sets) {
+		if !names[name] {
+			l.sets = append(l.sets, name)
+			delete(s.sets, name)
+		}
+	}
+	for _, key := range sortedKeys(s.objects) {
+		if o := s.objects[key]; !names[o.name] {
+			l.objects = append(l.objects, o)
+			delete(s.objects, key)
+		}
+	}
+	return l
+}
+
+// nameSets gives sets their first names.
+func (s *Snapshot) nameSets() {
+	for _, name := range sortedKeys(s.sets) {
+		if first, isSecond := strings.CutSuffix(name, secondName); isSecond && s.sets[first] == nil {
+			s.sets[first], s.real[first] = s.sets[name], name
+			delete(s.sets, name)
 		}
 	}
 }
@@ -482,14 +508,14 @@ func (s *Snapshot) takeMarks() {
 	}
 	for _, r := range marks.rules {
 		name, _, digest, ok := rules.ParseMark(comment([]byte(r)))
-		set := s.sets[name]
-		if !ok || set == nil {
+		if !ok {
 			continue
 		}
-		if set.large == nil {
-			set.large = &largeState{count: set.count}
+		for _, name := range []string{name, name + secondName} {
+			if set := s.sets[name]; set != nil {
+				set.large = &largeState{digest, set.count}
+			}
 		}
-		set.large.digest = digest
 	}
 }
 

@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -30,6 +31,12 @@ const clockSlack = 2 * time.Second
 // Diff lists what separates the table that is from the table that is wanted.
 // Equal tables give nil. Of large sets it compares the count and the digest.
 func Diff(is, wanted *Snapshot) []Difference {
+	if is.left.any() { // then it is only what packets meet
+		only := *wanted
+		only.chains, only.sets, only.objects = maps.Clone(wanted.chains), maps.Clone(wanted.sets), maps.Clone(wanted.objects)
+		only.unmet()
+		wanted = &only
+	}
 	table := func(s *Snapshot) string {
 		if !s.Present {
 			return ""
@@ -267,27 +274,6 @@ func precedes(a, b element) bool {
 		return c < 0
 	}
 	return a.isEnd() && !b.isEnd()
-}
-
-// elementChanges are the elements that must go and those that must come.
-func elementChanges(is, wanted *setState) (gone, missing []element) {
-	have := make(map[element]bool, len(is.elements))
-	for _, e := range is.elements {
-		have[e] = true
-	}
-	for _, e := range wanted.elements {
-		if have[e] {
-			delete(have, e)
-		} else {
-			missing = append(missing, e)
-		}
-	}
-	for _, e := range is.elements {
-		if have[e] {
-			gone = append(gone, e)
-		}
-	}
-	return gone, missing
 }
 
 // users are the different rules that name a set, wherever they stand.

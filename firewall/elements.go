@@ -136,19 +136,6 @@ func (w *elementWriter) element(key []byte, flags uint32, target string, left ti
 	w.buf = appendElement(w.buf, key, flags, target, left)
 }
 
-// raw writes elements that stand in canonical form.
-func (w *elementWriter) raw(list []element) {
-	for _, e := range list {
-		for _, b := range []string{e.start, e.end} {
-			if b != "" {
-				w.room()
-				w.buf = nest(w.buf, unix.NFTA_LIST_ELEM, []byte(b))
-			}
-		}
-	}
-	w.flush()
-}
-
 // room begins a message where there is none, or none with room.
 func (w *elementWriter) room() {
 	if w.list > 0 && len(w.buf)-w.list > largestAttr {

@@ -552,9 +552,9 @@ func (g *Guard) prepare(target *Target) {
 		return
 	}
 	none := newSnapshot()
-	_, g.ready, err = (&transaction{table: rules.TableName, is: none, wanted: wanted, want: want, afresh: true, known: g.conn.contentOf(none)}).messages()
-	if err != nil {
-		g.ready = nil // likewise
+	s, err := (&transaction{table: rules.TableName, is: none, wanted: wanted, want: want, afresh: true, known: g.conn.contentOf(none)}).steps()
+	if err == nil { // likewise
+		g.ready = s.change
 	}
 }
 

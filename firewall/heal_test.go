@@ -382,7 +382,12 @@ func TestGuardBacksOff(t *testing.T) {
 		mustApply(t, d.conn, rs)
 		d.applied.set(targetOf(t, rs))
 		d.applied.lock.Unlock()
-		d.await(ReportApplied, ReportDrift, ReportUndone)
+		// It may look before it is told what was applied.
+		for r := d.next(); r.Kind != ReportApplied && r.Kind != ReportUndone; r = d.next() {
+			if r.Kind != ReportDrift {
+				t.Fatalf("%s: %v %v", r.Kind, r.Differences, r.Err)
+			}
+		}
 		nft(t, "flush chain inet deadlight gate") // detection never ends
 		d.await(ReportDrift)
 		d.await(ReportHealed)

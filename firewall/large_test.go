@@ -157,19 +157,19 @@ func TestOnlyWhatChangedIsSent(t *testing.T) {
 			}
 			c.Known = knownFrom(rs)
 			tr := &transaction{table: rules.TableName, is: is, wanted: wanted, want: want, known: c.contentOf(is)}
-			first, second, err := tr.messages()
+			s, err := tr.steps()
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, m := range append(first, second...) {
+			for _, m := range s.all() {
 				n += len(m.body())
 			}
 			return n
 		}
-		if n := size(listRuleset(t, strings.Replace(listPolicy, "80", "443", 1), networks(listLength))); n > 10<<10 {
+		if n := size(listRuleset(t, strings.Replace(listPolicy, "80", "443", 1), networks(listLength))); n > 64<<10 {
 			t.Errorf("a changed port is %d bytes", n)
 		}
-		if n := size(listRuleset(t, listPolicy, append(networks(listLength), "203.0.113.0/30"))); n > 10<<10 {
+		if n := size(listRuleset(t, listPolicy, append(networks(listLength), "203.0.113.0/30"))); n > 64<<10 {
 			t.Errorf("a line more is %d bytes", n)
 		}
 		everythingElse := size(listRuleset(t, listPolicy, networks(listLength)[listLength/2:]))

@@ -102,7 +102,7 @@ func (s *Snapshot) UnmarshalBinary(b []byte) error {
 	*s = *newSnapshot()
 	s.Present, s.table = true, in.Table
 	for _, ch := range in.Chains {
-		s.chains[ch.Name] = &chainState{ch.Definition, ch.Base, ch.Anonymous, ch.Hook, ch.Rules}
+		s.chains[ch.Name] = &chainState{ch.Definition, ch.Base, ch.Anonymous, ch.Hook, ch.Rules, nil}
 	}
 	for _, set := range in.Sets {
 		o := &setState{definition: set.Definition, flags: set.Flags, count: set.Count, first: set.First, last: set.Last}

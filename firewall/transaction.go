@@ -15,13 +15,13 @@ import (
 // and added again accepts packets until its policy takes hold at the end of the
 // commit).
 //
-// Rules, chains and hash sets change for packets at one instant of the commit. Sets
-// of intervals do not: their lookup (net/netfilter/nft_set_rbtree.c) changes at the
-// end of it, and meets elements of both generations before. New rules must not meet
-// old intervals, nor none: an interval set that changes is made anew, under its
-// second name, in a transaction of its own before the one that changes the rules,
-// and nothing asks it until then. Only a large set whose list changed, and nothing
-// else, changes in place.
+// A packet on its way through a base chain keeps to the rules it began with, but
+// meets sets as they are at that instant; sets of intervals change not with the
+// rules but at the end of the commit. So that no packet meets old rules with new
+// sets or the reverse, a set that changes is made anew, under its second name, in a
+// transaction before the one that changes the rules, and the old one is removed in
+// a transaction after it. Only a large set whose list changed, and nothing else,
+// changes where it is.
 type transaction struct {
 	table      string
 	is, wanted *Snapshot
@@ -35,90 +35,116 @@ type transaction struct {
 	// spoiled are the large sets that do not hold what their mark says.
 	spoiled map[string]bool
 
-	newSet   map[string]bool         // sets that must be made, or made anew
-	newChain map[string]bool         // likewise, but their rules follow below
-	rewrite  map[string]bool         // chains whose rules are written anew
-	newObj   map[string]bool         // by kind and name
-	delta    map[string]*largeDelta  // of large sets that stay
-	small    map[string][2][]element // of small sets that stay: gone and missing
-	sets     map[string]*rules.Set   // by name
-	real     map[string]string       // the names of sets in the kernel, afterwards
+	newSet   map[string]bool        // sets that must be made, or made anew
+	newChain map[string]bool        // likewise, but their rules follow below
+	rewrite  map[string]bool        // chains whose rules are written anew
+	newObj   map[string]bool        // by kind and name
+	delta    map[string]*largeDelta // of large sets that stay
+	sets     map[string]*rules.Set  // by name
+	real     map[string]string      // the names of sets in the kernel, afterwards
 }
 
 // largeDelta is what changes in a large set.
 type largeDelta struct{ gone, missing []rules.AddrRange }
 
-// chainPreparing marks a table in which an apply prepares sets: what nothing uses
-// there is no part of the ruleset.
+// chainPreparing stands in a table while an apply is at work in it: what no base
+// chain leads to is then no part of the ruleset.
 const chainPreparing = "preparing"
 
-// messages lists the messages of the transactions, one or two. Their order is the
-// kernel's: what is used goes after what uses it, and what is used comes before.
-func (t *transaction) messages() (first, second []message, err error) {
+// steps are the transactions: one prepares what no packet meets yet, one changes
+// what judges, one clears away what no packet meets any more. The first and the
+// last may be empty.
+type steps struct{ prepare, change, clear []message }
+
+func (s *steps) all() []message { return slices.Concat(s.prepare, s.change, s.clear) }
+
+// steps lists the messages. Their order is the kernel's: what is used goes after
+// what uses it, and what is used comes before.
+func (t *transaction) steps() (*steps, error) {
 	t.plan()
-	prepared := func(name string) bool { return !t.afresh && t.newSet[name] && t.sets[name].Interval }
-	early := func(ch encodedChain) bool {
-		return t.newChain[ch.name] && ch.from.Base == nil && t.is.chains[ch.name] == nil
-	}
-	var clean []message
+	s := &steps{}
+	marker := encodeChain(t.table, &rules.Chain{Name: chainPreparing})
+	var left []message
 	if t.is.Present {
-		clean = t.leftovers()
+		left = t.clearLeft(&t.is.left)
 	}
-	two := slices.ContainsFunc(t.want.sets, func(s encodedSet) bool { return prepared(s.set.Name) })
-	second = append(second, t.want.table)
-	if two {
-		if !t.is.Present {
-			first = append(first, t.want.table)
-		}
-		first = append(first, clean...)
-		first = append(first, encodeChain(t.table, &rules.Chain{Name: chainPreparing}))
-		second = append(second, t.del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, chainPreparing, "chain"))
+	if t.afresh {
+		s.change = append(append(s.change, t.want.table), left...)
+		s.change = append(s.change, t.removals(true)...)
+		s.change = append(s.change, t.removals(false)...)
 	} else {
-		second = append(second, clean...)
+		if s.prepare = t.prepare(); len(s.prepare) > 0 {
+			s.prepare = append(append(left, marker), s.prepare...)
+			if !t.is.Present {
+				s.prepare = append([]message{t.want.table}, s.prepare...)
+			}
+			left = nil
+		}
+		s.clear = t.removals(false)
+		s.change = append(append(s.change, t.want.table), left...)
+		switch {
+		case len(s.prepare) > 0:
+			s.clear = append(s.clear, t.del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, chainPreparing, "chain"))
+		case len(s.clear) > 0:
+			s.change = append(s.change, marker)
+			s.clear = append(s.clear, t.del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, chainPreparing, "chain"))
+		}
+		s.change = append(s.change, t.removals(true)...)
 	}
-	if t.is.Present {
-		second = append(second, t.removals()...)
+	err := t.additions(s)
+	return s, err
+}
+
+// early reports whether a chain can be made before anything leads to it.
+func (t *transaction) early(ch encodedChain) bool {
+	return !t.afresh && t.newChain[ch.name] && ch.from.Base == nil
+}
+
+// prepare makes sets that change, and the chains that maps lead to.
+func (t *transaction) prepare() (out []message) {
+	for _, ch := range t.want.chains {
+		if t.early(ch) {
+			out = append(out, ch.message)
+		}
 	}
+	for _, s := range t.want.sets {
+		if name := s.set.Name; t.newSet[name] && !s.set.Meter {
+			out = append(out, encodeSet(t.table, t.real[name], s.set))
+		}
+	}
+	for _, s := range t.want.sets {
+		if name := s.set.Name; t.newSet[name] && !s.set.Meter {
+			out = append(out, t.want.elements(t.table, t.real[name], s.set)...)
+		}
+	}
+	return out
+}
+
+// additions writes the rest of what is new.
+func (t *transaction) additions(s *steps) error {
 	for _, o := range t.want.objects {
 		if t.newObj[o.name] {
-			second = append(second, o.message)
+			s.change = append(s.change, o.message)
 		}
 	}
 	for _, ch := range t.want.chains {
-		switch is := t.is.chains[ch.name]; {
-		case two && early(ch):
-			first = append(first, ch.message)
-		case t.newChain[ch.name] || is.definition != t.wanted.chains[ch.name].definition:
-			second = append(second, ch.message)
+		if !t.early(ch) && (t.newChain[ch.name] || t.is.chains[ch.name].definition != t.wanted.chains[ch.name].definition) {
+			s.change = append(s.change, ch.message)
 		}
 	}
-	for _, s := range t.want.sets {
-		name := s.set.Name
-		if !t.newSet[name] {
-			continue
-		}
-		if m := encodeSet(t.table, t.real[name], s.set); prepared(name) {
-			first = append(first, m)
-		} else {
-			second = append(second, m)
-		}
+	if t.afresh {
+		s.change = append(s.change, t.prepare()...)
 	}
-	for _, s := range t.want.sets {
-		name := s.set.Name
+	for _, set := range t.want.sets {
+		name := set.set.Name
 		switch d := t.delta[name]; {
-		case prepared(name):
-			first = append(first, t.want.elements(t.table, t.real[name], s.set)...)
-		case t.newSet[name]:
-			second = append(second, t.want.elements(t.table, t.real[name], s.set)...)
+		case t.newSet[name] && set.set.Meter:
+			s.change = append(s.change, encodeSet(t.table, t.real[name], set.set))
 		case d != nil:
-			w := t.writer(s.set, unix.NFT_MSG_NEWSETELEM)
+			w := t.writer(set.set, unix.NFT_MSG_NEWSETELEM)
 			w.addresses(d.missing, nil)
 			w.flush()
-			second = append(second, w.out...)
-		default:
-			w := t.writer(s.set, unix.NFT_MSG_NEWSETELEM)
-			w.raw(t.small[name][1])
-			second = append(second, w.out...)
+			s.change = append(s.change, w.out...)
 		}
 	}
 	for _, ch := range t.want.chains {
@@ -128,12 +154,12 @@ func (t *transaction) messages() (first, second []message, err error) {
 		for _, r := range ch.from.Rules {
 			m, err := encodeRule(t.table, ch.name, r, func(set string) string { return t.real[set] })
 			if err != nil {
-				return nil, nil, err
+				return err
 			}
-			second = append(second, m)
+			s.change = append(s.change, m)
 		}
 	}
-	return first, second, nil
+	return nil
 }
 
 // plan decides what stays.
@@ -153,7 +179,7 @@ func (t *transaction) plan() {
 	t.real = map[string]string{}
 	for name, set := range t.sets {
 		t.real[name] = t.is.realName(name)
-		if t.newSet[name] && set.Interval && !t.afresh && t.is.sets[name] != nil {
+		if t.newSet[name] && !set.Meter && !t.afresh && t.is.sets[name] != nil {
 			if t.real[name] = name; t.is.realName(name) == name {
 				t.real[name] = name + secondName
 			}
@@ -164,7 +190,7 @@ func (t *transaction) plan() {
 // decide decides what stays; inPlace lets large sets change where they are.
 func (t *transaction) decide(inPlace bool) {
 	t.newSet, t.newChain, t.rewrite, t.newObj = map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}
-	t.delta, t.small = map[string]*largeDelta{}, map[string][2][]element{}
+	t.delta = map[string]*largeDelta{}
 	for name := range t.sets {
 		t.newSet[name] = !t.keepsSet(name, inPlace)
 	}
@@ -182,13 +208,11 @@ func (t *transaction) decide(inPlace bool) {
 	}
 }
 
-// moreThanLists reports whether a list of intervals would change in place beside
-// something else, or take over from the single addresses beside it.
+// moreThanLists reports whether a list would change in place beside something
+// else, or its ranges take over from the single addresses beside them.
 func (t *transaction) moreThanLists() bool {
-	intervals, base := false, ""
+	base := ""
 	for name, d := range t.delta {
-		set := t.sets[name]
-		intervals = intervals || set.Interval
 		// The two families and the single addresses of one list.
 		list := strings.TrimRight(strings.TrimSuffix(name, "_hosts"), "46")
 		if base != "" && base != list {
@@ -199,11 +223,8 @@ func (t *transaction) moreThanLists() bool {
 			return true
 		}
 	}
-	if !intervals {
-		return false
-	}
 	for name := range t.newSet {
-		if t.newSet[name] || len(t.small[name][0])+len(t.small[name][1]) > 0 {
+		if t.newSet[name] {
 			return true
 		}
 	}
@@ -259,15 +280,8 @@ func (t *transaction) keepsSet(name string, inPlace bool) bool {
 		return false
 	case wanted.large != nil:
 		return t.keepsLarge(name, is, wanted, inPlace)
-	case is.large != nil || len(diffSets(name, is, wanted)) > 0 && !(wanted.first.IsZero() && is.first.IsZero()):
-		return false // a deadline cannot be moved in place
 	}
-	gone, missing := elementChanges(is, wanted)
-	if is.is(unix.NFT_SET_INTERVAL) && len(gone)+len(missing) > 0 {
-		return false
-	}
-	t.small[name] = [2][]element{gone, missing}
-	return true
+	return len(diffSets(name, is, wanted)) == 0
 }
 
 func (t *transaction) keepsLarge(name string, is, wanted *setState, inPlace bool) bool {
@@ -278,7 +292,7 @@ func (t *transaction) keepsLarge(name string, is, wanted *setState, inPlace bool
 		return true
 	}
 	set := t.sets[name]
-	if set.Interval && !inPlace {
+	if !inPlace {
 		return false
 	}
 	old := t.known(name)
@@ -357,78 +371,95 @@ func (t *transaction) del(typ, tableAttr, nameAttr uint16, name, what string) me
 	return message{typ: typ, attrs: b, what: "removal of " + what + " " + name}
 }
 
-// leftovers takes away what an apply prepared that did not come to its end.
-func (t *transaction) leftovers() []message {
+// clearLeft takes away what an apply left that did not come to its end.
+func (t *transaction) clearLeft(l *leftovers) []message {
 	var out []message
-	for _, name := range t.is.leftSets {
-		out = append(out,
-			t.del(unix.NFT_MSG_DELSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, "the elements of set"),
-			t.del(unix.NFT_MSG_DELSET, unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, name, "set"))
+	for _, name := range l.chains {
+		out = append(out, t.del(unix.NFT_MSG_DELRULE, unix.NFTA_RULE_TABLE, unix.NFTA_RULE_CHAIN, name, "the rules of chain"))
 	}
-	for _, name := range t.is.leftChains {
+	for _, name := range l.sets {
+		out = append(out, t.del(unix.NFT_MSG_DELSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, name, "the elements of set"))
+	}
+	for _, name := range l.chains {
 		out = append(out, t.del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, name, "chain"))
+	}
+	for _, name := range l.sets {
+		out = append(out, t.del(unix.NFT_MSG_DELSET, unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, name, "set"))
+	}
+	for _, o := range l.objects {
+		out = append(out, t.delObject(o))
 	}
 	return out
 }
 
-// removals takes away what does not stay.
-func (t *transaction) removals() []message {
+func (t *transaction) delObject(o objectState) message {
+	b := attrString(nil, unix.NFTA_OBJ_TABLE, t.table)
+	b = attrString(b, unix.NFTA_OBJ_NAME, o.name)
+	b = attr32(b, unix.NFTA_OBJ_TYPE, o.typ)
+	return message{typ: unix.NFT_MSG_DELOBJ, attrs: b, what: "removal of " + objectKind(o.typ) + " " + o.name}
+}
+
+// removals takes away what does not stay: with now, what packets meet or what is
+// made anew under its name, and else the rest.
+func (t *transaction) removals(now bool) []message {
 	var out []message
 	del := func(typ, tableAttr, nameAttr uint16, name, what string) {
 		out = append(out, t.del(typ, tableAttr, nameAttr, name, what))
 	}
+	is := t.is
 	leaves := func(name string) bool { // a chain of the table that is
+		ch := is.chains[name]
 		_, wanted := t.wanted.chains[name]
-		return !wanted || t.newChain[name]
+		return !ch.anonymous && (!wanted || t.newChain[name]) && now == (ch.base || t.newChain[name])
 	}
-	for _, name := range sortedKeys(t.is.chains) {
-		if ch := t.is.chains[name]; !ch.anonymous && len(ch.rules) > 0 && (leaves(name) || t.rewrite[name]) {
+	for _, name := range sortedKeys(is.chains) {
+		if ch := is.chains[name]; !ch.anonymous && len(ch.rules) > 0 && (leaves(name) || now && t.rewrite[name]) {
 			del(unix.NFT_MSG_DELRULE, unix.NFTA_RULE_TABLE, unix.NFTA_RULE_CHAIN, name, "the rules of chain")
 		}
 	}
 	goes := func(name string) bool { // a set of the table that is
-		is := t.is.sets[name]
-		return !is.is(unix.NFT_SET_ANONYMOUS) && (t.wanted.sets[name] == nil || t.newSet[name]) // anonymous sets end with their rule
+		set := is.sets[name]
+		if set.is(unix.NFT_SET_ANONYMOUS) || t.wanted.sets[name] != nil && !t.newSet[name] {
+			return false // anonymous sets end with their rule
+		}
+		// Under its own name: a meter, or when all is written afresh.
+		anew := t.newSet[name] && t.real[name] == is.realName(name)
+		return now == anew
 	}
 	// Maps hold on to the chains they jump to. Other sets go with their elements:
 	// packets of the old generation still find them.
-	for _, name := range sortedKeys(t.is.sets) {
-		is := t.is.sets[name]
-		switch {
-		case goes(name) && is.is(unix.NFT_SET_MAP) && !is.is(unix.NFT_SET_CONSTANT):
-			del(unix.NFT_MSG_DELSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, t.is.realName(name), "the elements of set")
+	for _, name := range sortedKeys(is.sets) {
+		switch d := t.delta[name]; {
 		case goes(name):
-		case t.delta[name] != nil:
+			if is.sets[name].is(unix.NFT_SET_MAP) && !is.sets[name].is(unix.NFT_SET_CONSTANT) {
+				del(unix.NFT_MSG_DELSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, unix.NFTA_SET_ELEM_LIST_SET, is.realName(name), "the elements of set")
+			}
+		case now && d != nil:
 			w := t.writer(t.sets[name], unix.NFT_MSG_DELSETELEM)
-			w.addresses(t.delta[name].gone, nil)
+			w.addresses(d.gone, nil)
 			w.flush()
-			out = append(out, w.out...)
-		case len(t.small[name][0]) > 0:
-			w := t.writer(t.sets[name], unix.NFT_MSG_DELSETELEM)
-			w.raw(t.small[name][0])
 			out = append(out, w.out...)
 		}
 	}
-	for _, name := range sortedKeys(t.is.chains) {
-		if leaves(name) && !t.is.chains[name].anonymous {
+	for _, name := range sortedKeys(is.chains) {
+		if leaves(name) {
 			del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, name, "chain")
 		}
 	}
-	for _, name := range sortedKeys(t.is.sets) {
+	for _, name := range sortedKeys(is.sets) {
 		if goes(name) {
-			del(unix.NFT_MSG_DELSET, unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, t.is.realName(name), "set")
+			del(unix.NFT_MSG_DELSET, unix.NFTA_SET_TABLE, unix.NFTA_SET_NAME, is.realName(name), "set")
 		}
 	}
-	for _, key := range sortedKeys(t.is.objects) {
-		if o := t.is.objects[key]; t.newObj[key] || t.wanted.objects[key].name == "" {
-			b := attrString(nil, unix.NFTA_OBJ_TABLE, t.table)
-			b = attrString(b, unix.NFTA_OBJ_NAME, o.name)
-			b = attr32(b, unix.NFTA_OBJ_TYPE, o.typ)
-			out = append(out, message{typ: unix.NFT_MSG_DELOBJ, attrs: b, what: "removal of " + key})
+	for _, key := range sortedKeys(is.objects) {
+		if o := is.objects[key]; now == t.newObj[key] && (t.newObj[key] || t.wanted.objects[key].name == "") {
+			out = append(out, t.delObject(o))
 		}
 	}
-	for _, name := range sortedKeys(t.is.flowtables) {
-		del(unix.NFT_MSG_DELFLOWTABLE, nftaFlowTable, nftaFlowName, name, "flowtable")
+	if !now {
+		for _, name := range sortedKeys(is.flowtables) {
+			del(unix.NFT_MSG_DELFLOWTABLE, nftaFlowTable, nftaFlowName, name, "flowtable")
+		}
 	}
 	return out
 }

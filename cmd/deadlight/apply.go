@@ -13,7 +13,7 @@ import (
 
 func newApplyCommand(e env) *cobra.Command {
 	var dry bool
-	var t trialFlags
+	var f applyFlags
 	c := &cobra.Command{
 		Use:     "apply [POLICY]",
 		GroupID: groupApply,
@@ -34,35 +34,43 @@ systemd is dead. On a terminal the time is counted down; Ctrl-C leaves the trial
 running. After a reboot only what was confirmed is loaded. No other policy is
 applied meanwhile; deadlight rollback ends a trial at once.
 
-This version does not check whether the policy admits your own connection: look
-with deadlight check and try it with deadlight try before you apply it remotely.`,
+A policy that would not let your own SSH or mosh session in again is refused, with
+the lines to add. The session is found through its socket, also under sudo, su,
+tmux and screen; what a service or a timer runs has none.
+
+As root, a policy is refused that others could write: its files, the directories
+they stand in and those above, where these are not sticky. Of what the shell hands
+over (/dev/stdin, /dev/fd/3) a pipe is taken as it is, and a file must be safe
+itself.`,
 		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --confirm 60s\n  sudo deadlight apply --dry-run",
 		Args:    atMostPolicy,
 	}
 	dir := stateFlag(c)
 	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing: the same as deadlight plan")
-	c.Flags().DurationVar(&t.within, "confirm", 0, "go back after this time, unless deadlight confirm is run: 60s, 5m")
-	c.Flags().BoolVar(&t.noWait, "no-wait", false, "with --confirm: do not count down on a terminal")
+	c.Flags().DurationVar(&f.within, "confirm", 0, "go back after this time, unless deadlight confirm is run: 60s, 5m")
+	c.Flags().BoolVar(&f.noWait, "no-wait", false, "with --confirm: do not count down on a terminal")
+	c.Flags().BoolVar(&f.acceptLockout, "accept-lockout", false, "apply also what does not admit your own session")
+	c.Flags().BoolVar(&f.insecure, "insecure-policy", false, "apply also what others than root can write")
 	c.RunE = func(c *cobra.Command, args []string) error {
-		if c.Flags().Changed("confirm") && (t.within < shortestTrial || t.within > longestTrial) {
-			return usageError("deadlight apply --confirm 60s", "--confirm takes from 2s to 24h: %s", t.within)
+		if c.Flags().Changed("confirm") && (f.within < shortestTrial || f.within > longestTrial) {
+			return usageError("deadlight apply --confirm 60s", "--confirm takes from 2s to 24h: %s", f.within)
 		}
 		if dry {
 			return plan(e, policyArg(args), planFlags{state: *dir})
 		}
-		return apply(c.Context(), e, policyArg(args), *dir, t)
+		return apply(c.Context(), e, policyArg(args), *dir, f)
 	}
 	return c
 }
 
-// trialFlags say whether a policy is applied on trial.
-type trialFlags struct {
-	within time.Duration // 0: no
-	noWait bool
+type applyFlags struct {
+	within                  time.Duration // on trial for so long; 0: not
+	noWait                  bool
+	acceptLockout, insecure bool
 }
 
-func apply(ctx context.Context, e env, file, dir string, t trialFlags) error {
-	rs, from, err := readSources(e, file, "ruleset as before")
+func apply(ctx context.Context, e env, file, dir string, f applyFlags) error {
+	rs, from, err := readTrusted(e, file, "ruleset as before", f.insecure)
 	if err != nil {
 		return err
 	}
@@ -72,7 +80,12 @@ func apply(ctx context.Context, e env, file, dir string, t trialFlags) error {
 		}
 		return refused(errors.New("an expectation of the policy does not hold: ruleset as before"), "deadlight check "+file)
 	}
-	res, r, err := applyAndRecord(e, file, dir, rs, from, t.within)
+	if !f.acceptLockout {
+		if err := refuseLockout(e, file, rs); err != nil {
+			return err
+		}
+	}
+	res, r, err := applyAndRecord(e, file, dir, rs, from, f.within)
 	if err != nil {
 		return hostError(err, "deadlight apply "+file)
 	}
@@ -82,10 +95,10 @@ func apply(ctx context.Context, e env, file, dir string, t trialFlags) error {
 	}
 	if r.OnTrial() {
 		printf(e.stdout, "Applied generation %d on trial: in one transaction, read back identical\n", res.Generation.ID)
-		return announce(ctx, e, dir, rs, r, t)
+		return announce(ctx, e, dir, rs, r, f)
 	}
 	printf(e.stdout, "Applied generation %d: %s in one transaction, read back identical\n", res.Generation.ID, plural(len(res.Changed), "difference"))
-	if t.within > 0 {
+	if f.within > 0 {
 		printf(e.stdout, "Nothing to confirm: it judges like the policy that was applied before\n")
 	}
 	return nil

@@ -13,7 +13,7 @@ import (
 )
 
 // announce says when the trial ends and how to confirm, and waits on a terminal.
-func announce(ctx context.Context, e env, dir string, rs *rules.Ruleset, r *firewall.Record, t trialFlags) error {
+func announce(ctx context.Context, e env, dir string, rs *rules.Ruleset, r *firewall.Record, f applyFlags) error {
 	again := "sudo deadlight confirm"
 	if dir != "" {
 		again += " --state-dir " + oneLine(dir)
@@ -31,11 +31,11 @@ func announce(ctx context.Context, e env, dir string, rs *rules.Ruleset, r *fire
 	if rs.Policy.Default.KeepFlows {
 		from = " over another SSH connection"
 	}
-	printf(e.stdout, "The kernel goes back by itself in %s, at %s, unless you run%s:  %s\n", t.within, clock(r.Deadline), from, again)
+	printf(e.stdout, "The kernel goes back by itself in %s, at %s, unless you run%s:  %s\n", f.within, clock(r.Deadline), from, again)
 	if err := startCleaner(dir, r); err != nil {
 		printf(e.stderr, "deadlight: warning: nobody will clear up behind the trial: %s; the next apply, confirm or rollback does\n", printable(err.Error()))
 	}
-	if t.noWait || !isTerminal(e.stderr) {
+	if f.noWait || !isTerminal(e.stderr) {
 		return nil
 	}
 	return countDown(ctx, e, dir, r)

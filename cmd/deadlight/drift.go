@@ -193,7 +193,7 @@ func seenFrom(d firewall.Difference) firewall.Difference {
 // changedFiles holds the files of a policy against what was applied.
 func changedFiles(r *firewall.Record) []fileJSON {
 	var out []fileJSON
-	at := disk{filepath.Dir(r.Policy)}
+	at := disk{dir: filepath.Dir(r.Policy)}
 	if fromPipe(r.Policy) {
 		return nil // which is gone
 	}

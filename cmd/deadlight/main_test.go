@@ -23,6 +23,13 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
+	if filepath.Base(os.Args[0]) == "sshd" {
+		if err := standInSSHD(os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	if os.Getenv(measureEnv) != "" {
 		if err := measure(os.Args[1:]); err != nil {
 			fmt.Fprintln(os.Stderr, "measure:", err)
@@ -30,6 +37,8 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
+	// What a policy stands in must not be writable by a group.
+	unix.Umask(0o022)
 	if !verify.Isolated() {
 		code, err := verify.Isolate(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 		if err != nil {

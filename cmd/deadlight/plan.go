@@ -58,6 +58,7 @@ type planJSON struct {
 	Changes    []changeJSON     `json:"changes"` // every difference of the tables
 	Ports      []portJSON       `json:"ports"`
 	Notes      []string         `json:"notes"`
+	Lockout    []string         `json:"lockout"` // the caller's own sessions that it would cut
 	// Interference is what beside Deadlight bears on the policy.
 	Interference []interferenceJSON `json:"interference"`
 
@@ -72,13 +73,27 @@ const (
 )
 
 func plan(e env, file string, f planFlags) error {
-	rs, err := readPolicy(e, file, "nothing planned")
+	g, err := newGuard()
 	if err != nil {
+		return refused(err, "")
+	}
+	rs, problems, _, err := parseGuarded(file, g)
+	if err != nil {
+		return err
+	}
+	if rs == nil {
+		return unusable(e, problems, "nothing planned")
+	}
+	if err := rules.Render(e.stderr, problems, ""); err != nil {
 		return err
 	}
 	p, err := planHere(file, f.state, rs)
 	if err != nil {
 		return hostError(err, "deadlight plan "+file)
+	}
+	p.Lockout = lockoutNotes(rs)
+	if len(g.found) > 0 {
+		p.Notes = append(p.Notes, g.text()+": apply refuses it")
 	}
 	if f.json {
 		err = writeJSON(e.stdout, p)
@@ -355,6 +370,9 @@ func (p *planJSON) partly(rule string) bool {
 func (p *planJSON) print(out io.Writer, all bool) error {
 	defer func() {
 		printInterferences(out, p.Interference)
+		for _, l := range p.Lockout {
+			printf(out, "warning: %s\n", oneLine(l))
+		}
 		for _, n := range p.Notes {
 			printf(out, "note: %s\n", oneLine(n))
 		}

@@ -28,7 +28,27 @@ func readPolicy(e env, file, consequence string) (*rules.Ruleset, error) {
 
 // readSources is readPolicy, with what the policy was read from.
 func readSources(e env, file, consequence string) (*rules.Ruleset, *sources, error) {
-	rs, problems, from, err := parseSources(file)
+	return readGuarded(e, file, consequence, nil)
+}
+
+// readTrusted is readSources for what is put in force: what others can write is
+// refused before anything of it is shown, unless insecure allows it.
+func readTrusted(e env, file, consequence string, insecure bool) (*rules.Ruleset, *sources, error) {
+	if insecure {
+		return readSources(e, file, consequence)
+	}
+	g, err := newGuard()
+	if err != nil {
+		return nil, nil, refused(err, "")
+	}
+	return readGuarded(e, file, consequence, g)
+}
+
+func readGuarded(e env, file, consequence string, g *guard) (*rules.Ruleset, *sources, error) {
+	rs, problems, from, err := parseGuarded(file, g)
+	if unsafe := g.err(consequence); unsafe != nil {
+		return nil, nil, unsafe
+	}
 	if err != nil {
 		return nil, nil, err
 	}
@@ -54,7 +74,12 @@ func parsePolicy(file string) (rs *rules.Ruleset, problems []rules.Problem, err 
 
 // parseSources reads a policy and keeps what it was read from.
 func parseSources(file string) (rs *rules.Ruleset, problems []rules.Problem, from *sources, err error) {
-	src, err := readFile(file)
+	return parseGuarded(file, nil)
+}
+
+// parseGuarded is parseSources; the guard, if there is one, judges what is opened.
+func parseGuarded(file string, g *guard) (rs *rules.Ruleset, problems []rules.Problem, from *sources, err error) {
+	src, err := readFile(file, g)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && file == defaultPolicy:
 		return nil, nil, nil, usageError("name a policy, or begin with one of the examples in configs/", "there is no policy at %s", file)
@@ -65,7 +90,7 @@ func parseSources(file string) (rs *rules.Ruleset, problems []rules.Problem, fro
 		}
 		return nil, nil, nil, usageError("", "read %s: %w", file, err)
 	}
-	from = newSources(file, src)
+	from = newSources(file, src, g)
 	p, problems := rules.Parse(file, src, from)
 	if p == nil {
 		return nil, problems, nil, nil
@@ -79,27 +104,43 @@ const largestFile = 256<<20 + 1
 
 // readFile reads a regular file, or a pipe that the shell has opened for us: any
 // other pipe or device could keep us waiting, or never end.
-func readFile(name string) ([]byte, error) {
-	info, err := os.Stat(name)
-	if err != nil {
+func readFile(name string, g *guard) ([]byte, error) {
+	open := os.Open
+	if g != nil {
+		open = g.open
+	} else if info, err := os.Stat(name); err != nil {
+		return nil, err
+	} else if err := regular(name, info.Mode()); err != nil {
 		return nil, err
 	}
-	if !info.Mode().IsRegular() && !(fromPipe(name) && info.Mode()&fs.ModeNamedPipe != 0) {
-		err := errors.New("not a regular file")
-		if info.IsDir() {
-			err = syscall.EISDIR
-		}
-		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
-	}
-	f, err := os.Open(name)
+	f, err := open(name)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if err := regular(name, info.Mode()); err != nil {
+		return nil, err
+	}
 	// A long list is read into one piece of memory that never grows.
 	b := bytes.NewBuffer(make([]byte, 0, min(info.Size(), largestFile)+bytes.MinRead))
 	_, err = b.ReadFrom(io.LimitReader(f, largestFile))
 	return b.Bytes(), err
+}
+
+// regular says why a file cannot be read to its end.
+func regular(name string, mode fs.FileMode) error {
+	if mode.IsRegular() || fromPipe(name) && mode&fs.ModeNamedPipe != 0 {
+		return nil
+	}
+	err := errors.New("not a regular file")
+	if mode.IsDir() {
+		err = syscall.EISDIR
+	}
+	return &fs.PathError{Op: "read", Path: name, Err: err}
 }
 
 // fromPipe reports whether a name stands for what the shell has opened for us.
@@ -124,7 +165,10 @@ func inFileOrder(problems []rules.Problem) []rules.Problem {
 
 // disk lets a policy read its includes and lists, which stand relative to its
 // own directory.
-type disk struct{ dir string }
+type disk struct {
+	dir   string
+	guard *guard // judges what is opened; nil: nobody does
+}
 
 func (d disk) path(name string) string {
 	if filepath.IsAbs(name) {
@@ -136,11 +180,11 @@ func (d disk) path(name string) string {
 // Glob implements [rules.Files].
 func (d disk) Glob(pattern string) ([]string, error) {
 	if filepath.IsAbs(pattern) {
-		return filepath.Glob(pattern)
+		return d.glob(pattern)
 	}
 	// The directory is no pattern, whatever characters it holds.
 	dir := strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(d.dir)
-	names, err := filepath.Glob(filepath.Join(dir, pattern))
+	names, err := d.glob(filepath.Join(dir, pattern))
 	if err != nil {
 		return nil, err
 	}
@@ -153,8 +197,17 @@ func (d disk) Glob(pattern string) ([]string, error) {
 	return names, nil
 }
 
+func (d disk) glob(pattern string) ([]string, error) {
+	if d.guard != nil {
+		if err := d.guard.patternDirs(pattern); err != nil {
+			return nil, err
+		}
+	}
+	return filepath.Glob(pattern)
+}
+
 // ReadFile implements [rules.Files].
-func (d disk) ReadFile(name string) ([]byte, error) { return readFile(d.path(name)) }
+func (d disk) ReadFile(name string) ([]byte, error) { return readFile(d.path(name), d.guard) }
 
 // writeJSON prints one documented object.
 func writeJSON(w io.Writer, v any) error {

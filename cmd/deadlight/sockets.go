@@ -52,13 +52,9 @@ func listeners() ([]listener, error) {
 		dump     func(family uint8) ([]*netlink.Socket, error)
 	}{{rules.TCP, listen, netlink.SocketDiagTCP}, {rules.UDP, closed, netlink.SocketDiagUDP}} {
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-			var sockets []*netlink.Socket
-			err := error(netlink.ErrDumpInterrupted)
-			for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
-				sockets, err = kind.dump(family) // some came or went while they were listed
-			}
+			sockets, err := dumpSockets(kind.dump, family)
 			if err != nil {
-				return nil, fmt.Errorf("list the sockets: %w", err)
+				return nil, err
 			}
 			for _, s := range sockets {
 				addr, ok := netip.AddrFromSlice(s.ID.Source)
@@ -86,6 +82,18 @@ func listeners() ([]listener, error) {
 	return found, nil
 }
 
+// dumpSockets lists the sockets of the calling thread's network namespace.
+func dumpSockets(dump func(family uint8) ([]*netlink.Socket, error), family uint8) (sockets []*netlink.Socket, err error) {
+	err = netlink.ErrDumpInterrupted
+	for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
+		sockets, err = dump(family) // some came or went while they were listed
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list the sockets: %w", err)
+	}
+	return sockets, nil
+}
+
 // nameHolders finds the processes that hold the sockets (proc_pid_fd(5)). What
 // this user may not see stays without a name.
 func nameHolders(found []listener, inodes map[uint32][]int) error {
@@ -107,15 +115,11 @@ func nameHolders(found []listener, inodes map[uint32][]int) error {
 			if err != nil {
 				continue
 			}
-			text, ok := strings.CutPrefix(link, "socket:[")
+			inode, ok := socketInode(link)
 			if !ok {
 				continue
 			}
-			inode, err := strconv.ParseUint(strings.TrimSuffix(text, "]"), 10, 32)
-			if err != nil {
-				continue
-			}
-			for _, i := range inodes[uint32(inode)] {
+			for _, i := range inodes[inode] {
 				if found[i].PID == 0 || pid < found[i].PID {
 					comm, err := os.ReadFile(dir + "/comm")
 					if err == nil {

@@ -18,9 +18,9 @@ type sources struct {
 	globs []firewall.Glob
 }
 
-func newSources(file string, policy []byte) *sources {
+func newSources(file string, policy []byte, g *guard) *sources {
 	name := filepath.Base(file)
-	return &sources{disk: disk{filepath.Dir(file)}, read: map[string][]byte{name: policy}, names: []string{name}}
+	return &sources{disk: disk{filepath.Dir(file), g}, read: map[string][]byte{name: policy}, names: []string{name}}
 }
 
 // Glob implements [rules.Files].
