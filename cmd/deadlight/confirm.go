@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
+	"slices"
 	"strings"
 	"time"
 
@@ -81,7 +81,7 @@ func confirmHere(e env, dir string) (_ *firewall.Record, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if own := sshSession(); rs.Policy.Default.KeepFlows && own != "" && own == last.Session {
+	if rs.Policy.Default.KeepFlows && sameSession(sshSession(), last.Session) {
 		return nil, refused(errors.New(`this SSH connection began before the trial, and established = "keep" lets it live: it does not show that you can get in`),
 			"open another SSH connection and confirm there")
 	}
@@ -108,33 +108,22 @@ func tooLate(b *firewall.Back, before string) error {
 		"deadlight apply --confirm 60s "+b.Policy)
 }
 
-// sshSession names the SSH connection that this command was typed over, or gives
-// "": the nearest ancestor that knows one, since sudo and su forget it.
+// sshSession names the far ends of the sessions that this command was typed over;
+// "" when there is none: a console, a service.
 func sshSession() string {
-	const name = "SSH_CONNECTION="
-	if own := os.Getenv(strings.TrimSuffix(name, "=")); own != "" {
-		return own
-	}
-	for pid, deep := os.Getppid(), 0; pid > 1 && deep < 64; deep++ {
-		// Of another user, or gone: that one does not tell.
-		environ, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
-		for v := range strings.SplitSeq(string(environ), "\x00") {
-			if own, ok := strings.CutPrefix(v, name); ok && own != "" {
-				return own
-			}
-		}
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			return ""
-		}
-		// The name of the program stands in brackets, and may hold anything.
-		f := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-		if len(f) < 2 {
-			return ""
-		}
-		if pid, err = strconv.Atoi(f[1]); err != nil {
-			return ""
+	var ends []string
+	if list, err := operator(); err == nil {
+		for _, s := range list {
+			ends = append(ends, s.Remote.String())
 		}
 	}
-	return ""
+	if remote, _, ok := parseConnection(os.Getenv("SSH_CONNECTION")); ok && ends == nil {
+		ends = append(ends, remote.String())
+	}
+	return strings.Join(ends, " ")
+}
+
+// sameSession reports whether two have a far end in common.
+func sameSession(a, b string) bool {
+	return slices.ContainsFunc(strings.Fields(a), func(end string) bool { return slices.Contains(strings.Fields(b), end) })
 }
