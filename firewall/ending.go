@@ -8,6 +8,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
 	"deadlight/rules"
 )
 
@@ -50,10 +53,17 @@ func (c *Conn) Ending(rs *rules.Ruleset) ([]Flow, error) {
 		return nil, fmt.Errorf("read conntrack: %w", err)
 	}
 	host := &hostView{}
-	if err := c.inside(host.read); err != nil {
+	var routes *netlink.Handle // stays in the namespace that it was made in
+	if err := c.inside(func() (err error) {
+		if err = host.read(); err == nil {
+			routes, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+		}
+		return err
+	}); err != nil {
 		return nil, fmt.Errorf("read the host's addresses: %w", err)
 	}
-	e := &census{c: c, rs: rs, host: host, sockets: s, now: time.Now(), ways: map[netip.Addr]string{}, bySocket: map[tuple]socket{}}
+	defer routes.Close()
+	e := &census{routes: routes, rs: rs, host: host, sockets: s, now: time.Now(), ways: map[netip.Addr]string{}, bySocket: map[tuple]socket{}}
 	s.flows = slices.DeleteFunc(s.flows, func(f socket) bool { return f.inode == 0 }) // closed, the kernel says goodbye
 	for _, f := range s.flows {
 		e.bySocket[f.tuple] = f
@@ -88,7 +98,7 @@ func (c *Conn) Ending(rs *rules.Ruleset) ([]Flow, error) {
 
 // census is the work of one Ending.
 type census struct {
-	c        *Conn
+	routes   *netlink.Handle
 	rs       *rules.Ruleset
 	host     *hostView
 	sockets  *sockets
@@ -149,12 +159,12 @@ func (e *census) outbound(k *entry) {
 	if p.Default.Output == rules.Accept || !here && k.orig.protocol != rules.SCTP {
 		return
 	}
-	k4 := rules.Packet{
+	leaving := rules.Packet{
 		In: e.way(k.orig.dst.Addr(), k.orig.src.Addr()), Src: k.orig.src.Addr(), Dst: k.orig.dst.Addr(), Protocol: k.orig.protocol,
 		SrcPort: k.orig.src.Port(), DstPort: k.orig.dst.Port(), At: e.now,
 	}
 	for i := range p.Egress {
-		if g := &p.Egress[i]; names(&g.Traffic, k4.Protocol, k4.DstPort) && e.rs.Matches(&g.Traffic, k4) && owns(g, owner) {
+		if g := &p.Egress[i]; names(&g.Traffic, leaving.Protocol, leaving.DstPort) && e.rs.Matches(&g.Traffic, leaving) && owns(g, owner) {
 			return
 		}
 	}
@@ -225,9 +235,13 @@ func (e *census) way(peer, own netip.Addr) string {
 	if dev, ok := e.ways[peer]; ok {
 		return dev
 	}
-	_, dev, ok := e.c.routeTo(peer)
-	if !ok {
-		dev = ""
+	dev := ""
+	if way, err := e.routes.RouteGet(peer.AsSlice()); err == nil && len(way) == 1 {
+		for name, l := range e.host.links {
+			if int(l.index) == way[0].LinkIndex {
+				dev = name
+			}
+		}
 	}
 	e.ways[peer] = dev
 	return dev

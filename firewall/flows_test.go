@@ -111,9 +111,6 @@ func (p *peer) in(fn func() error) {
 	}
 }
 
-// here runs fn in the host.
-func (p *peer) here(fn func() error) { p.Helper(); p.inHost(fn) }
-
 // inject puts a packet on the wire past the peer's kernel.
 func (p *peer) inject(k *packet) {
 	p.Helper()
@@ -129,8 +126,6 @@ type flow struct {
 	hostBegan   bool
 	hostAtFirst bool // the host is the first to speak again
 }
-
-func (f flow) close() { f.host.Close(); f.peer.Close() }
 
 // side is where a socket is made: (*wire).inHost or (*peer).in.
 type side func(func() error)
