@@ -14,6 +14,8 @@ import (
 type Result struct {
 	Generation Generation   // after the change
 	Changed    []Difference // what separated the kernel from the policy before; nil: nothing was written
+	Seeded     SeedResult   // of a first apply: the flows that ran already
+	Warnings   []string     // what could not be done beside the ruleset
 }
 
 // Apply makes the kernel hold the ruleset: one transaction that changes the table
@@ -25,6 +27,7 @@ type Result struct {
 func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 	const tries = 10
 	var changed []Difference
+	var seeds *seeds // of a first apply
 	afresh := false
 	for range tries {
 		now := time.Now()
@@ -45,10 +48,13 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 			return Result{}, err
 		}
 		if len(changes) == 0 && !is.left.any() {
-			return Result{Generation: is.Generation, Changed: changed}, nil
+			return seeds.result(Result{Generation: is.Generation, Changed: changed}), nil
 		}
 		if changed == nil {
 			changed = changes
+		}
+		if !is.Present && seeds == nil {
+			seeds = c.newSeeds()
 		}
 		t := &transaction{table: rs.Table.Name, is: is, wanted: wanted, want: want, afresh: afresh, known: c.contentOf(is), spoiled: spoiled}
 		err = c.execute(t)
@@ -79,7 +85,9 @@ func (c *Conn) Apply(rs *rules.Ruleset) (Result, error) {
 		case len(left) > 0:
 			return Result{}, &MismatchError{left}
 		}
-		return Result{Generation: got.Generation, Changed: changed}, nil
+		// What began since the first look was not watched until now.
+		seeds.again(c)
+		return seeds.result(Result{Generation: got.Generation, Changed: changed}), nil
 	}
 	return Result{}, ErrStale
 }

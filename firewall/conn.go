@@ -194,10 +194,10 @@ func (c *Conn) appendWith(b []byte, typ, flags uint16, family byte, resource uin
 
 func nftType(t uint16) uint16 { return unix.NFNL_SUBSYS_NFTABLES<<8 | t }
 
-// reply is one received message of the nftables subsystem, or the end of a
-// request.
+// reply is one received message of the nftables or the conntrack subsystem, or
+// the end of a request.
 type reply struct {
-	typ   uint16 // NFT_MSG_*
+	typ   uint16 // NFT_MSG_*, IPCTNL_MSG_CT_*
 	seq   uint32
 	attrs []byte
 	errno syscall.Errno // of NLMSG_ERROR; 0 is an ack
@@ -266,7 +266,7 @@ func parseReplies(b []byte) ([]reply, error) {
 					}
 				}
 			}
-		case typ>>8 == unix.NFNL_SUBSYS_NFTABLES && len(m) >= headers:
+		case (typ>>8 == unix.NFNL_SUBSYS_NFTABLES || typ>>8 == unix.NFNL_SUBSYS_CTNETLINK) && len(m) >= headers:
 			r.typ, r.attrs = typ&0xff, m[headers:]
 		default:
 			continue
@@ -286,7 +286,12 @@ func (c *Conn) dump(typ uint16, attrs []byte, fn func(reply) error) error {
 }
 
 func (c *Conn) ask(typ, flags uint16, family byte, attrs []byte, fn func(reply) error) error {
-	req := c.append(nil, nftType(typ), flags, family, 0, attrs)
+	return c.request(nftType(typ), flags, family, attrs, fn)
+}
+
+// request is ask of any subsystem of netfilter.
+func (c *Conn) request(typ, flags uint16, family byte, attrs []byte, fn func(reply) error) error {
+	req := c.append(nil, typ, flags, family, 0, attrs)
 	seq := c.seq
 	if err := c.send(req); err != nil {
 		return err

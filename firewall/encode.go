@@ -371,7 +371,7 @@ func (w *ruleWriter) log(l rules.LogPacket) {
 	w.emit(e)
 }
 
-func equal(data []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: data} }
+func equal(data []byte) *expr.Cmp { return &expr.Cmp{Op: expr.CmpOpEq, Register: reg, Data: data} }
 
 // require tests for a family or a transport protocol once in a rule.
 func (w *ruleWriter) require(f rules.Family, p rules.Protocol) {
@@ -418,6 +418,8 @@ func (w *ruleWriter) load(f rules.Field) {
 		payload(transport, 0, 2)
 	case rules.TCPDport, rules.UDPDport, rules.SCTPDport:
 		payload(transport, 2, 2)
+	case rules.TCPFlags:
+		payload(transport, 13, 1)
 	case rules.ICMPTypeField, rules.ICMPv6TypeField:
 		payload(transport, 0, 1)
 	case rules.ICMPCodeField, rules.ICMPv6CodeField:
@@ -458,9 +460,9 @@ func (w *ruleWriter) match(m rules.Match) {
 		w.emit(equal(native(id)))
 	case rules.MetaIifname, rules.MetaOifname, rules.FibDaddrOifname:
 		if prefix, wild := strings.CutSuffix(m.Name, "*"); wild {
-			w.emit(equal([]byte(prefix)))
+			w.compare(m, []byte(prefix))
 		} else {
-			w.emit(equal(ifnameKey(m.Name)))
+			w.compare(m, ifnameKey(m.Name))
 		}
 	case rules.IPSaddr, rules.IPDaddr, rules.IP6Saddr, rules.IP6Daddr:
 		addr := m.Prefix.Masked().Addr().AsSlice()
@@ -471,6 +473,9 @@ func (w *ruleWriter) match(m rules.Match) {
 	case rules.CtState, rules.CtStatus:
 		w.emit(&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: native(m.Number), Xor: native(0)},
 			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg, Data: native(0)})
+	case rules.TCPFlags:
+		w.emit(&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 1, Mask: []byte{rules.FlagsMask}, Xor: []byte{0}})
+		w.compare(m, []byte{byte(m.Number)})
 	case rules.FibDaddrType:
 		w.emit(equal(native(m.Number)))
 	case rules.CtOriginalProtoDst, rules.TCPDport, rules.UDPDport, rules.UDPSport:
@@ -487,6 +492,15 @@ func (w *ruleWriter) match(m rules.Match) {
 	case rules.MetaL4proto:
 		w.protocol = rules.Protocol(m.Number)
 	}
+}
+
+// compare ends a match that may be turned round.
+func (w *ruleWriter) compare(m rules.Match, data []byte) {
+	cmp := equal(data)
+	if m.Not {
+		cmp.Op = expr.CmpOpNeq
+	}
+	w.emit(cmp)
 }
 
 // lookupID finds the number of a user or group; a number stands for itself.

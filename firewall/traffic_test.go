@@ -214,7 +214,7 @@ type load struct {
 
 	mu    sync.Mutex
 	t     account
-	flows []*flow
+	flows []*echoFlow
 }
 
 // listen opens the ports inside the host, file 3, and the capture outside.
@@ -332,7 +332,7 @@ func (l *load) begin() error {
 		if err != nil {
 			return err
 		}
-		f := &flow{c: c, sent: map[uint32]time.Time{}}
+		f := &echoFlow{c: c, sent: map[uint32]time.Time{}}
 		l.flows = append(l.flows, f)
 		l.running.Add(1)
 		go func() { defer l.running.Done(); f.send(l.stop) }()
@@ -470,8 +470,8 @@ func (l *load) exchange(to netip.AddrPort) {
 	l.t.SlowestConnect = max(l.t.SlowestConnect, took)
 }
 
-// flow is an established connection with a message every millisecond.
-type flow struct {
+// echoFlow is an established connection with a message every millisecond.
+type echoFlow struct {
 	c        net.Conn
 	mu       sync.Mutex
 	sent     map[uint32]time.Time // and not yet answered
@@ -480,7 +480,7 @@ type flow struct {
 	err      error
 }
 
-func (f *flow) send(stop chan struct{}) {
+func (f *echoFlow) send(stop chan struct{}) {
 	n := uint32(0)
 	if err := paced(1000, stop, func(due int) error {
 		if due == 0 {
@@ -499,7 +499,7 @@ func (f *flow) send(stop chan struct{}) {
 	}
 }
 
-func (f *flow) receive() {
+func (f *echoFlow) receive() {
 	buf := make([]byte, 4)
 	for {
 		_, err := io.ReadFull(f.c, buf)
@@ -519,7 +519,7 @@ func (f *flow) receive() {
 }
 
 // read adds what the flow saw; a message that still waits counts too.
-func (f *flow) read(t *account) {
+func (f *echoFlow) read(t *account) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, at := range f.sent {

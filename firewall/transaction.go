@@ -82,12 +82,15 @@ func (t *transaction) steps() (*steps, error) {
 		}
 		s.clear = t.removals(false)
 		s.change = append(append(s.change, t.want.table), left...)
+		done := t.del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, chainPreparing, "chain")
 		switch {
-		case len(s.prepare) > 0:
-			s.clear = append(s.clear, t.del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, chainPreparing, "chain"))
 		case len(s.clear) > 0:
-			s.change = append(s.change, marker)
-			s.clear = append(s.clear, t.del(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, chainPreparing, "chain"))
+			if len(s.prepare) == 0 {
+				s.change = append(s.change, marker)
+			}
+			s.clear = append(s.clear, done)
+		case len(s.prepare) > 0:
+			s.change = append(s.change, done)
 		}
 		s.change = append(s.change, t.removals(true)...)
 	}

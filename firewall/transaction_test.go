@@ -41,7 +41,7 @@ func TestStepsThatEndHalfWay(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					if len(s.prepare) == 0 || len(s.clear) == 0 {
+					if len(s.prepare) == 0 || len(s.clear) == 0 && tt.from != "" {
 						t.Fatal("nothing to prepare or to clear away")
 					}
 					for i, msgs := range [][]message{s.prepare, s.change}[:n+1] {
@@ -59,7 +59,7 @@ func TestStepsThatEndHalfWay(t *testing.T) {
 					if d := Diff(is, []*Snapshot{wanted, old}[n]); d == nil {
 						t.Errorf("%s: old and new are the same", steps)
 					}
-					if !is.left.any() {
+					if !is.left.any() && len(s.clear) > 0 {
 						t.Error("nothing was left")
 					}
 					// Not what it wanted, but what was there before.

@@ -23,6 +23,7 @@ const (
 	chainSilence    = "silence"
 	chainEgress     = "egress"
 	chainContainers = "container_route"
+	countReversed   = "c_reversed"
 	setPublished    = "published_if"
 	setDHCP         = "dhcp_if"
 	setLocalTypes   = "local_types"
@@ -437,7 +438,9 @@ func (c *compiler) backstopForward() Chain {
 		r = append(r, line("published", dnat, c.count(pass), accept()))
 	} else {
 		if len(c.policy.Published.Interfaces) > 0 && !d.DropForward {
-			r = append(r, line("from a container", MatchSet{Field: MetaIifname, Set: setPublished}, c.count(pass), accept()))
+			from := MatchSet{Field: MetaIifname, Set: setPublished}
+			r = append(r, c.notReversed(from, MatchSet{Field: MetaOifname, Set: setPublished, Not: true})...)
+			r = append(r, line("from a container", from, c.count(pass), accept()))
 		}
 		for _, p := range portProtocols {
 			if len(c.open.index.ports[p]) > 0 {
@@ -473,14 +476,29 @@ func (c *compiler) silence() Chain {
 	out := func(comment string, e ...Expr) Rule {
 		return line(comment, append(e, c.count("c_silenced"), drop())...)
 	}
-	return Chain{Name: chainSilence, Base: &Base{Hook: Output, Priority: backstopPriority, Accept: true}, Rules: []Rule{
+	r := []Rule{
 		// Defragmentation (-400) gives up on a lone first fragment after 30 s.
 		out("reassembly time exceeded", Match{Field: ICMPTypeField, Number: icmpTimeExceeded}, Match{Field: ICMPCodeField, Number: 1}),
 		out("reassembly time exceeded", Match{Field: ICMPv6TypeField, Number: icmp6TimeExceeded}, Match{Field: ICMPv6CodeField, Number: 1}),
 		// The answer to an unknown hop-by-hop option leaves before prerouting.
 		out("unknown ipv6 option", Match{Field: ICMPv6TypeField, Number: icmp6ParameterProblem}, Match{Field: ICMPv6CodeField, Number: 2}),
-		line("output", c.count("c_output"), accept()),
-	}}
+	}
+	// What stays on loopback is nobody's to judge, and may be older than conntrack.
+	r = append(r, c.notReversed(Match{Field: MetaOifname, Name: "lo", Not: true})...)
+	r = append(r, line("output", c.count("c_output"), accept()))
+	return Chain{Name: chainSilence, Base: &Base{Hook: Output, Priority: backstopPriority, Accept: true}, Rules: r}
+}
+
+// notReversed drops a segment from the middle of a connection that conntrack does
+// not know. A stranger can make conntrack forget a flow, by a reset that the gate
+// drops; the next segment from here would enter it anew as begun from here, and
+// the closed port would be open to that stranger again.
+func (c *compiler) notReversed(where ...Expr) []Rule {
+	if c.policy.Default.KeepFlows {
+		return nil
+	}
+	e := append([]Expr{state(StateNew), Match{Field: TCPFlags, Number: FlagSYN, Not: true}}, where...)
+	return []Rule{line("flow that nobody began", append(e, c.count(countReversed), drop())...)}
 }
 
 // egress judges what leaves, when not everything may.

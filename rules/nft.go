@@ -180,9 +180,15 @@ func (r AddrRange) String() string {
 func nftString(s string) string { return `"` + strings.ReplaceAll(s, `"`, "'") + `"` }
 
 func (m Match) nft() string {
+	not := ""
+	if m.Not {
+		not = "!= "
+	}
 	switch m.Field {
+	case TCPFlags:
+		return fmt.Sprintf("%s & (fin | syn | rst | ack) %s%s", m.Field, not, map[uint32]string{FlagSYN: "syn"}[m.Number])
 	case MetaIifname, MetaOifname, FibDaddrOifname, MetaSkuid, MetaSkgid:
-		return fmt.Sprintf("%s %s", m.Field, nftString(m.Name))
+		return fmt.Sprintf("%s %s%s", m.Field, not, nftString(m.Name))
 	case IPSaddr, IPDaddr, IP6Saddr, IP6Daddr:
 		if m.Prefix.IsSingleIP() {
 			return fmt.Sprintf("%s %s", m.Field, m.Prefix.Addr())
@@ -194,7 +200,7 @@ func (m Match) nft() string {
 		return fmt.Sprintf("%s %s", m.Field, [...]string{"original", "reply"}[m.Number])
 	case CtState:
 		return fmt.Sprintf("%s %s", m.Field, map[uint32]string{
-			StateInvalid: "invalid", StateEstablished: "established", StateRelated: "related", StateUntracked: "untracked"}[m.Number])
+			StateInvalid: "invalid", StateEstablished: "established", StateRelated: "related", StateNew: "new", StateUntracked: "untracked"}[m.Number])
 	case CtStatus:
 		return fmt.Sprintf("%s %s", m.Field, map[uint32]string{StatusDNAT: "dnat"}[m.Number])
 	case FibDaddrType:

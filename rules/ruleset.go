@@ -206,6 +206,7 @@ const (
 	MetaOifname                     // oifname
 	MetaSkuid                       // meta skuid
 	MetaSkgid                       // meta skgid
+	TCPFlags                        // tcp flags
 )
 
 // String gives the nft name of the field.
@@ -214,7 +215,7 @@ func (f Field) String() string {
 		"iifname", "meta nfproto", "meta l4proto", "ip saddr", "ip daddr", "ip6 saddr", "ip6 daddr", "ip6 hoplimit",
 		"tcp dport", "udp sport", "udp dport", "sctp dport", "icmp type", "icmp code", "icmpv6 type", "icmpv6 code",
 		"ct state", "ct status", "ct direction", "ct original proto-dst", "fib daddr type", "fib daddr oifname",
-		"oifname", "meta skuid", "meta skgid",
+		"oifname", "meta skuid", "meta skgid", "tcp flags",
 	}[f]
 }
 
@@ -232,7 +233,7 @@ func (f Field) NeedsFamily() Family {
 // NeedsProtocol gives the transport protocol a field exists in, or 0.
 func (f Field) NeedsProtocol() Protocol {
 	switch f {
-	case TCPDport:
+	case TCPDport, TCPFlags:
 		return TCP
 	case UDPSport, UDPDport:
 		return UDP
@@ -252,6 +253,7 @@ const (
 	StateInvalid     = 1 << 0
 	StateEstablished = 1 << 1
 	StateRelated     = 1 << 2
+	StateNew         = 1 << 3
 	StateUntracked   = 1 << 6
 	StatusDNAT       = 1 << 5
 )
@@ -269,13 +271,25 @@ const (
 	AddrMulticast = 5
 )
 
+// Bits of TCPFlags (RFC 9293 3.1), and those that tell how a segment stands in a
+// connection.
+const (
+	FlagFIN   = 1 << 0
+	FlagSYN   = 1 << 1
+	FlagRST   = 1 << 2
+	FlagACK   = 1 << 4
+	FlagsMask = FlagFIN | FlagSYN | FlagRST | FlagACK
+)
+
 // Match compares a field with a number, with the bits of a mask (CtState,
-// CtStatus: any of them is set), with an interface name or with a prefix.
+// CtStatus: any of them is set), with an interface name or with a prefix. Of
+// TCPFlags it compares those of FlagsMask.
 type Match struct {
 	Field  Field
 	Number uint32
 	Name   string       // MetaIifname, MetaOifname, FibDaddrOifname; the user or group of MetaSkuid, MetaSkgid
 	Prefix netip.Prefix // the address fields
+	Not    bool         // MetaOifname, TCPFlags: anything else
 }
 
 // MatchSet looks a field up in a named set.
