@@ -10,6 +10,7 @@ import (
 )
 
 func newApplyCommand(e env) *cobra.Command {
+	var dry bool
 	c := &cobra.Command{
 		Use:     "apply [POLICY]",
 		GroupID: groupApply,
@@ -19,38 +20,109 @@ compiles to, in one transaction and in place: no packet finds the host open in
 between. Then the table is read back and compared with what was meant. When
 nothing differs nothing is written.
 
+What was applied is kept, with the text of the policy and its lists: deadlight
+drift holds the kernel against it. An apply that was killed is either undone or
+finished by the next one.
+
 This version does not check whether the policy admits your own connection: look
 with deadlight check and try it with deadlight try before you apply it remotely.`,
-		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml",
+		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --dry-run",
 		Args:    atMostPolicy,
-		RunE: func(_ *cobra.Command, args []string) error {
-			file := policyArg(args)
-			rs, err := readPolicy(e, file, "ruleset as before")
-			if err != nil {
-				return err
-			}
-			if failed := failing(rs); len(failed) > 0 {
-				for _, f := range failed {
-					printf(e.stderr, "%s: %s\n", printable(f.pos.String()), printable(f.text))
-				}
-				return refused(errors.New("an expectation of the policy does not hold: ruleset as before"), "deadlight check "+file)
-			}
-			res, err := applyHere(rs)
-			if err != nil {
-				return kernelError(err, "deadlight apply "+file)
-			}
-			if len(res.Changed) == 0 {
-				printf(e.stdout, "No changes: the kernel holds what %s says, generation %d\n", printable(file), res.Generation.ID)
-				return nil
-			}
-			printf(e.stdout, "Applied generation %d: %s in one transaction, read back identical\n", res.Generation.ID, plural(len(res.Changed), "difference"))
-			return nil
-		},
+	}
+	dir := stateFlag(c)
+	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing: the same as deadlight plan")
+	c.RunE = func(_ *cobra.Command, args []string) error {
+		if dry {
+			return plan(e, policyArg(args), planFlags{state: *dir})
+		}
+		return apply(e, policyArg(args), *dir)
 	}
 	return c
 }
 
-// applyHere loads a ruleset into the network namespace of the calling thread.
+func apply(e env, file, dir string) error {
+	rs, from, err := readSources(e, file, "ruleset as before")
+	if err != nil {
+		return err
+	}
+	if failed := failing(rs); len(failed) > 0 {
+		for _, f := range failed {
+			printf(e.stderr, "%s: %s\n", printable(f.pos.String()), printable(f.text))
+		}
+		return refused(errors.New("an expectation of the policy does not hold: ruleset as before"), "deadlight check "+file)
+	}
+	res, err := applyAndRecord(e, file, dir, rs, from)
+	if err != nil {
+		return hostError(err, "deadlight apply "+file)
+	}
+	if len(res.Changed) == 0 {
+		printf(e.stdout, "No changes: the kernel holds what %s says, generation %d\n", printable(file), res.Generation.ID)
+		return nil
+	}
+	printf(e.stdout, "Applied generation %d: %s in one transaction, read back identical\n", res.Generation.ID, plural(len(res.Changed), "difference"))
+	return nil
+}
+
+// applyAndRecord loads a ruleset into the network namespace of the calling thread and
+// keeps the record of it: what is meant is on disk before the kernel is asked.
+func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources) (res firewall.Result, err error) {
+	h, err := openHost(dir, true)
+	if err != nil {
+		return res, err
+	}
+	defer func() { err = errors.Join(err, h.close()) }()
+	last, err := h.state.Settle(h.look, h.here)
+	switch {
+	case errors.Is(err, firewall.ErrStateDamaged):
+		printf(e.stderr, "deadlight: warning: %s: it is written anew\n", printable(err.Error()))
+		last = nil
+	case errors.Is(err, firewall.ErrNoState):
+	case err != nil:
+		return res, err
+	case h.elsewhere(last):
+		printf(e.stderr, "deadlight: warning: the state in %s is of another network namespace: it is written anew\n", printable(h.state.Dir()))
+	}
+	if last != nil {
+		h.conn.Known = h.state.Known(last)
+	}
+	r, err := h.newRecord(file, rs, from)
+	if err != nil {
+		return res, err
+	}
+	now, err := h.conn.Generation()
+	if err != nil {
+		return res, err
+	}
+	if last != nil && last.Generation == now.ID && sameRecord(last, r) {
+		if res, err = h.conn.Apply(rs); err != nil || len(res.Changed) == 0 {
+			return res, err
+		}
+	}
+	if err := h.state.Stage(r); err != nil {
+		return res, err
+	}
+	again, err := h.conn.Apply(rs)
+	if err != nil {
+		// It may have been loaded all the same.
+		_, settled := h.state.Settle(h.look, h.here)
+		if errors.Is(settled, firewall.ErrNoState) {
+			settled = nil
+		}
+		return res, errors.Join(err, settled)
+	}
+	if len(res.Changed) == 0 {
+		res.Changed = again.Changed
+	}
+	res.Generation = again.Generation
+	if err := h.state.Commit(res.Generation.ID); err != nil {
+		printf(e.stderr, "deadlight: warning: the policy is in force, but not yet recorded as applied: the next apply will do that\n")
+		return res, err
+	}
+	return res, nil
+}
+
+// applyHere loads a ruleset into the network namespace of the calling thread and
+// keeps no record of it.
 func applyHere(rs *rules.Ruleset) (res firewall.Result, err error) {
 	conn, err := firewall.Dial(nil)
 	if err != nil {
@@ -61,35 +133,52 @@ func applyHere(rs *rules.Ruleset) (res firewall.Result, err error) {
 }
 
 func newRemoveCommand(e env) *cobra.Command {
-	return &cobra.Command{
+	c := &cobra.Command{
 		Use:     "remove",
 		GroupID: groupApply,
 		Short:   "Take Deadlight's table away: the host is open then",
-		Long: `Deletes the table inet deadlight of this network namespace. From then on every
-port that a program listens on is reachable, unless another table drops it.`,
+		Long: `Deletes the table inet deadlight of this network namespace, and forgets what was
+applied. From then on every port that a program listens on is reachable, unless
+another table drops it.`,
 		Example: "  sudo deadlight remove",
 		Args:    noArgs,
-		RunE: func(*cobra.Command, []string) error {
-			found, err := removeHere()
-			if err != nil {
-				return kernelError(err, "deadlight remove")
-			}
-			if !found {
-				printf(e.stdout, "Nothing to remove: there is no table inet %s\n", rules.TableName)
-				return nil
-			}
-			printf(e.stdout, "Removed table inet %s\n", rules.TableName)
-			printf(e.stderr, "deadlight: warning: nothing of deadlight filters any more: every port with a listener is reachable unless another table drops it\n")
-			return nil
-		},
 	}
+	dir := stateFlag(c)
+	c.RunE = func(*cobra.Command, []string) error {
+		found, forgot, err := removeHere(*dir)
+		if err != nil {
+			return hostError(err, "deadlight remove")
+		}
+		switch {
+		case !found && !forgot:
+			printf(e.stdout, "Nothing to remove: there is no table inet %s\n", rules.TableName)
+			return nil
+		case !found:
+			printf(e.stdout, "There was no table inet %s; nothing is recorded as applied any more\n", rules.TableName)
+			return nil
+		case forgot:
+			printf(e.stdout, "Removed table inet %s; nothing is recorded as applied any more\n", rules.TableName)
+		default:
+			printf(e.stdout, "Removed table inet %s\n", rules.TableName)
+		}
+		printf(e.stderr, "deadlight: warning: nothing of deadlight filters any more: every port with a listener is reachable unless another table drops it\n")
+		return nil
+	}
+	return c
 }
 
-func removeHere() (found bool, err error) {
-	conn, err := firewall.Dial(nil)
+// removeHere says whether there was a table, and whether there was a record.
+func removeHere(dir string) (found, forgot bool, err error) {
+	h, err := openHost(dir, true)
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
-	defer func() { err = errors.Join(err, conn.Close()) }()
-	return conn.Remove(rules.TableName)
+	defer func() { err = errors.Join(err, h.close()) }()
+	_, good := h.state.Good()
+	_, next := h.state.Next()
+	if found, err = h.conn.Remove(rules.TableName); err != nil {
+		return false, false, err
+	}
+	forgot = !errors.Is(good, firewall.ErrNoState) || !errors.Is(next, firewall.ErrNoState)
+	return found, forgot, h.state.Clear()
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 
 	"deadlight/verify"
 )
@@ -32,6 +33,11 @@ func TestMain(m *testing.M) {
 	}
 	if err := verify.EnterIsolated(); err != nil {
 		fmt.Fprintln(os.Stderr, "command tests need namespaces:", err)
+		os.Exit(1)
+	}
+	// What is applied is recorded in /run, which must not be the machine's.
+	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=0755"); err != nil {
+		fmt.Fprintln(os.Stderr, "command tests need a /run of their own:", err)
 		os.Exit(1)
 	}
 	testscript.Main(m, map[string]func(){"deadlight": main})

@@ -22,14 +22,20 @@ import (
 // it from being used end the command with exit 2, and consequence says what did
 // not happen.
 func readPolicy(e env, file, consequence string) (*rules.Ruleset, error) {
-	rs, problems, err := parsePolicy(file)
+	rs, _, err := readSources(e, file, consequence)
+	return rs, err
+}
+
+// readSources is readPolicy, with what the policy was read from.
+func readSources(e env, file, consequence string) (*rules.Ruleset, *sources, error) {
+	rs, problems, from, err := parseSources(file)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if rs != nil {
-		return rs, rules.Render(e.stderr, problems, "")
+		return rs, from, rules.Render(e.stderr, problems, "")
 	}
-	return nil, unusable(e, problems, consequence)
+	return nil, nil, unusable(e, problems, consequence)
 }
 
 // unusable prints the problems that keep a policy from being used and, last, the
@@ -42,22 +48,29 @@ func unusable(e env, problems []rules.Problem, consequence string) error {
 // parsePolicy reads a policy without printing anything; rs is nil if a problem
 // keeps it from being used.
 func parsePolicy(file string) (rs *rules.Ruleset, problems []rules.Problem, err error) {
+	rs, problems, _, err = parseSources(file)
+	return rs, problems, err
+}
+
+// parseSources reads a policy and keeps what it was read from.
+func parseSources(file string) (rs *rules.Ruleset, problems []rules.Problem, from *sources, err error) {
 	src, err := readFile(file)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && file == defaultPolicy:
-		return nil, nil, usageError("name a policy, or begin with one of the examples in configs/", "there is no policy at %s", file)
+		return nil, nil, nil, usageError("name a policy, or begin with one of the examples in configs/", "there is no policy at %s", file)
 	case err != nil:
 		var p *fs.PathError
 		if errors.As(err, &p) {
 			err = p.Err
 		}
-		return nil, nil, usageError("", "read %s: %w", file, err)
+		return nil, nil, nil, usageError("", "read %s: %w", file, err)
 	}
-	p, problems := rules.Parse(file, src, disk{filepath.Dir(file)})
+	from = newSources(file, src)
+	p, problems := rules.Parse(file, src, from)
 	if p == nil {
-		return nil, problems, nil
+		return nil, problems, nil, nil
 	}
-	return rules.Compile(p), inFileOrder(append(problems, p.Expired(time.Now())...)), nil
+	return rules.Compile(p), inFileOrder(append(problems, p.Expired(time.Now())...)), from, nil
 }
 
 // largestFile is more than any policy or list may have; the parser says so in its
@@ -71,8 +84,7 @@ func readFile(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	ours := strings.HasPrefix(name, "/dev/fd/") || strings.HasPrefix(name, "/proc/self/fd/") || name == "/dev/stdin"
-	if !info.Mode().IsRegular() && !(ours && info.Mode()&fs.ModeNamedPipe != 0) {
+	if !info.Mode().IsRegular() && !(fromPipe(name) && info.Mode()&fs.ModeNamedPipe != 0) {
 		err := errors.New("not a regular file")
 		if info.IsDir() {
 			err = syscall.EISDIR
@@ -88,6 +100,11 @@ func readFile(name string) ([]byte, error) {
 	b := bytes.NewBuffer(make([]byte, 0, min(info.Size(), largestFile)+bytes.MinRead))
 	_, err = b.ReadFrom(io.LimitReader(f, largestFile))
 	return b.Bytes(), err
+}
+
+// fromPipe reports whether a name stands for what the shell has opened for us.
+func fromPipe(name string) bool {
+	return strings.HasPrefix(name, "/dev/fd/") || strings.HasPrefix(name, "/proc/self/fd/") || name == "/dev/stdin"
 }
 
 // inFileOrder sorts problems by place; files stay in the order they were read.

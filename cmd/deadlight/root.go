@@ -53,8 +53,8 @@ touched), 3 refused or could not tell (ruleset as before), 130 interrupted.`,
 	root.AddCommand(
 		newCheckCommand(e), newExplainCommand(e), newShowCommand(e),
 		newTryCommand(e),
-		newApplyCommand(e), newRemoveCommand(e),
-		newVerifyCommand(e),
+		newPlanCommand(e), newApplyCommand(e), newRemoveCommand(e),
+		newDriftCommand(e), newVerifyCommand(e),
 		newVersionCommand(e),
 		newPolicyTopic(),
 	)

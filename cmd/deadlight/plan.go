@@ -1,0 +1,382 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"deadlight/firewall"
+	"deadlight/rules"
+)
+
+type planFlags struct {
+	state     string
+	json, all bool
+}
+
+func newPlanCommand(e env) *cobra.Command {
+	var f planFlags
+	c := &cobra.Command{
+		Use:     "plan [POLICY]",
+		GroupID: groupApply,
+		Short:   "Say what apply would change, and who gains or loses which port",
+		Long: `Compares a policy with the table that the kernel holds, and changes nothing.
+Above stand the rules that come (+), go (-) or change (~); what neither the policy
+nor the last applied one explains was changed by hand. Below stand the ports as
+seen from outside, with the processes that listen on them.
+
+When the kernel holds what was last applied, that policy says who reached a port
+before; else the running rules are asked what they do to a stranger.
+
+Exit codes: 0 no change, 1 changes, 2 policy error, 3 could not tell.`,
+		Example: "  sudo deadlight plan\n  sudo deadlight plan ./policy.toml --all\n  sudo deadlight plan --json",
+		Args:    atMostPolicy,
+	}
+	dir := stateFlag(c)
+	c.Flags().BoolVar(&f.json, "json", false, "print one JSON object")
+	c.Flags().BoolVar(&f.all, "all", false, "list every difference of the tables, also those that belong to a rule")
+	c.RunE = func(_ *cobra.Command, args []string) error {
+		f.state = *dir
+		return plan(e, policyArg(args), f)
+	}
+	return c
+}
+
+// planJSON is the object of `plan --json`; the text is made from it.
+type planJSON struct {
+	Schema     int              `json:"schema"`
+	Policy     string           `json:"policy"`
+	Generation uint32           `json:"generation"`
+	Loaded     bool             `json:"loaded"`   // there is a table
+	Baseline   string           `json:"baseline"` // who says what was: "applied", "kernel" or "none"
+	Rules      []ruleChangeJSON `json:"rules"`
+	Changes    []changeJSON     `json:"changes"` // every difference of the tables
+	Ports      []portJSON       `json:"ports"`
+	Notes      []string         `json:"notes"`
+
+	shown []changeJSON // those that no rule of the policy stands for
+}
+
+// Who says what a port was before.
+const (
+	baseApplied = "applied"
+	baseKernel  = "kernel"
+	baseNone    = "none"
+)
+
+func plan(e env, file string, f planFlags) error {
+	rs, err := readPolicy(e, file, "nothing planned")
+	if err != nil {
+		return err
+	}
+	p, err := planHere(file, f.state, rs)
+	if err != nil {
+		return hostError(err, "deadlight plan "+file)
+	}
+	if f.json {
+		err = writeJSON(e.stdout, p)
+	} else {
+		err = p.print(e.stdout, f.all)
+	}
+	if err != nil || len(p.Changes) == 0 {
+		return err
+	}
+	return silently(exitFindings)
+}
+
+// planHere compares a policy with the network namespace of the calling thread.
+func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
+	h, err := openHost(dir, false)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, h.close()) }()
+	want, err := firewall.Meant(rs, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	p := &planJSON{
+		Schema: 1, Policy: file, Baseline: baseApplied,
+		Rules: []ruleChangeJSON{}, Changes: []changeJSON{}, Ports: []portJSON{}, Notes: []string{},
+	}
+	last, old, err := h.lastApplied(p)
+	if err != nil {
+		return nil, err
+	}
+	h.conn.Known = firewall.KnownIn(&rs.Table)
+	is, changes, err := h.conn.Check(want, firewall.Samples)
+	if err != nil {
+		return nil, err
+	}
+	p.Generation, p.Loaded = is.Generation.ID, is.Present
+	if len(changes) == 0 {
+		return p, nil
+	}
+	before := &portsBefore{}
+	switch {
+	case !is.Present:
+		p.Baseline, old = baseNone, nil // of what was applied nothing is in force
+	case last == nil || old == nil || len(firewall.Diff(is, last.Snapshot)) > 0:
+		p.Baseline = baseKernel
+	}
+	var who *byJSON
+	if last != nil && is.Generation.ID == last.Generation+1 {
+		if who, err = h.lastActor(last); err != nil {
+			return nil, err
+		}
+	}
+	p.explain(changes, is, want, last, old, rs, who)
+	found, err := listeners()
+	if err != nil {
+		return nil, err
+	}
+	was, will := outlooks(old, rs)
+	before.was = was
+	left := mostWalks
+	if p.Baseline == baseKernel {
+		before.ask = askKernel(h.conn, &left)
+	}
+	if p.Ports, err = changedPorts(before, will, found); err != nil {
+		return nil, err
+	}
+	if left < 0 {
+		p.Notes = append(p.Notes, "the kernel was asked for the first "+plural(mostWalks, "port")+" only")
+	}
+	if p.Ports == nil {
+		p.Ports = []portJSON{}
+	}
+	return p, nil
+}
+
+// lastApplied gives the record of what was last applied here with its ruleset;
+// what keeps it from being used is noted.
+func (h *host) lastApplied(p *planJSON) (*firewall.Record, *rules.Ruleset, error) {
+	last, err := h.state.Settle(h.look, h.here)
+	switch {
+	case errors.Is(err, firewall.ErrNoState):
+		return nil, nil, nil
+	case errors.Is(err, firewall.ErrStateDamaged), errors.Is(err, firewall.ErrStateVersion):
+		p.Notes = append(p.Notes, "what was last applied cannot be read: "+err.Error())
+		return nil, nil, nil
+	case err != nil:
+		return nil, nil, err
+	case h.elsewhere(last):
+		p.Notes = append(p.Notes, "the state in "+h.state.Dir()+" is of another network namespace and was not used")
+		return nil, nil, nil
+	}
+	old, err := h.state.Compile(last)
+	if errors.Is(err, firewall.ErrStateDamaged) || errors.Is(err, firewall.ErrStateVersion) {
+		p.Notes = append(p.Notes, "the policy that was last applied cannot be read: "+err.Error())
+		return last, nil, nil
+	}
+	return last, old, err
+}
+
+// explain fills in the rules and the differences.
+func (p *planJSON) explain(changes []firewall.Difference, is, want *firewall.Snapshot, last *firewall.Record, old, rs *rules.Ruleset, who *byJSON) {
+	before, after := rulesOf(old), rulesOf(rs)
+	known := map[string]bool{}
+	was := map[string]written{}
+	for _, w := range before {
+		known[w.rule], was[w.rule] = true, w
+	}
+	will := map[string]bool{}
+	for _, w := range after {
+		known[w.rule], will[w.rule] = true, true
+	}
+	hand := handiwork(changes, is, want, last)
+	raw := map[string]int{}
+	for _, d := range changes {
+		c := changeOf(d)
+		c.Rule = owner(d, known)
+		if hand.did(d) {
+			c.ByHand, c.By = true, who
+		}
+		p.Changes = append(p.Changes, c)
+		if !c.ByHand {
+			raw[c.Rule]++
+		}
+	}
+	for _, w := range after {
+		o, there := was[w.rule]
+		r := ruleChangeJSON{Action: "change", Rule: w.rule, Before: o.text, After: w.text, File: w.pos.File, Line: w.pos.Line, Raw: raw[w.rule]}
+		switch {
+		case !there && old == nil && is.Present:
+			// Without the old policy: only what the tables say.
+			if r.Raw == 0 {
+				continue
+			}
+			if !p.partly(w.rule) {
+				r.Action = "add"
+			}
+		case !there:
+			r.Action = "add"
+		case o.text == w.text && r.Raw == 0:
+			continue
+		default:
+			r.After += changedSet(w.rule, old, rs)
+		}
+		if r.Raw == 0 && is.Present && strings.HasPrefix(w.rule, "set ") {
+			continue // no rule uses it
+		}
+		p.Rules = append(p.Rules, r)
+	}
+	for _, w := range before {
+		if !will[w.rule] && (raw[w.rule] > 0 || !strings.HasPrefix(w.rule, "set ")) {
+			p.Rules = append(p.Rules, ruleChangeJSON{Action: "remove", Rule: w.rule, Before: w.text, File: w.pos.File, Line: w.pos.Line, Raw: raw[w.rule]})
+		}
+	}
+	for _, c := range p.Changes {
+		covered := c.Rule != "" || c.Kind == "table" || len(p.Rules) > 0 && lookup(firewall.Difference{Kind: c.Kind, Name: c.Name})
+		if c.ByHand || !covered {
+			p.shown = append(p.shown, c)
+		}
+	}
+	for _, d := range hand.hidden {
+		c := changeOf(d)
+		c.ByHand, c.By = true, who
+		p.Changes, p.shown = append(p.Changes, c), append(p.shown, c)
+	}
+}
+
+// handMade tells what somebody changed in the kernel from what two policies
+// explain.
+type handMade struct {
+	meant  map[firewall.Difference]int // what they explain, however often; nil: it cannot be told
+	hidden []firewall.Difference       // within a chain or a set that is replaced whole
+}
+
+func handiwork(changes []firewall.Difference, is, want *firewall.Snapshot, last *firewall.Record) *handMade {
+	h := &handMade{}
+	if last == nil || !is.Present {
+		return h
+	}
+	h.meant = map[firewall.Difference]int{}
+	for _, d := range firewall.Diff(last.Snapshot, want) {
+		h.meant[placeless(d)]++
+	}
+	whole, listed := map[string]bool{}, map[firewall.Difference]bool{}
+	for _, d := range changes {
+		listed[placeless(d)] = true
+		if d.Kind == "chain" || d.Kind == "set" {
+			whole[d.Kind+" "+d.Name] = true
+		}
+	}
+	for _, d := range firewall.Diff(is, last.Snapshot) {
+		_, inside, ok := strings.Cut(d.Name, " of ")
+		if fields := strings.Fields(inside); ok && len(fields) > 1 && !listed[placeless(d)] && whole[fields[0]+" "+fields[1]] {
+			h.hidden = append(h.hidden, d)
+		}
+	}
+	return h
+}
+
+// did reports whether a difference is somebody's work; each that is explained is
+// used up.
+func (h *handMade) did(d firewall.Difference) bool {
+	if h.meant == nil {
+		return false
+	}
+	d = placeless(d)
+	h.meant[d]--
+	return h.meant[d] < 0
+}
+
+// placeless leaves out where in its chain a rule stands: a rule more above it
+// changes that.
+func placeless(d firewall.Difference) firewall.Difference {
+	if d.Kind == "rule" {
+		_, d.Name, _ = strings.Cut(d.Name, " ")
+	}
+	return d
+}
+
+// changedSet says what became of the addresses of a set; of another rule, nothing.
+func changedSet(rule string, old, rs *rules.Ruleset) string {
+	name, ok := strings.CutPrefix(rule, "set ")
+	if !ok || old == nil {
+		return ""
+	}
+	was, is := old.Policy.Set(name), rs.Policy.Set(name)
+	if was == nil || is == nil {
+		return ""
+	}
+	return fmt.Sprintf(", %d new, %d gone", missing(is.Ranges, was.Ranges), missing(was.Ranges, is.Ranges))
+}
+
+// partly reports whether some of a rule is in the kernel already.
+func (p *planJSON) partly(rule string) bool {
+	for _, c := range p.Changes {
+		if c.Rule == rule && c.Action != "add" {
+			return true
+		}
+	}
+	return false
+}
+
+// print renders the plan for people.
+func (p *planJSON) print(out io.Writer, all bool) error {
+	defer func() {
+		for _, n := range p.Notes {
+			printf(out, "note: %s\n", oneLine(n))
+		}
+	}()
+	if len(p.Changes) == 0 {
+		printf(out, "No changes: the kernel holds what %s says, generation %d\n", printable(p.Policy), p.Generation)
+		return nil
+	}
+	if p.Loaded {
+		printf(out, "table inet %s, generation %d, against %s:\n", rules.TableName, p.Generation, printable(p.Policy))
+	} else {
+		printf(out, "there is no table inet %s, generation %d; against %s:\n", rules.TableName, p.Generation, printable(p.Policy))
+	}
+	var n struct{ add, change, remove int }
+	count := func(action string) {
+		switch action {
+		case "add":
+			n.add++
+		case "remove":
+			n.remove++
+		default:
+			n.change++
+		}
+	}
+	w := newTable(out)
+	for _, r := range p.Rules {
+		count(r.Action)
+		mark := sign(r.Action)
+		if mark == "" {
+			mark = "~"
+		}
+		place := rules.Pos{File: r.File, Line: r.Line, Column: 1}
+		printf(w, "  %s %s\t%s\t%s:%d\n", mark, oneLine(r.Rule), oneLine(arrow(r.Before, r.After)), oneLine(place.File), place.Line)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	for _, c := range p.shown {
+		count(c.Action)
+		c.print(out)
+	}
+	if all {
+		printf(out, "In the tables:\n")
+		for _, c := range p.Changes {
+			c.print(out)
+		}
+	}
+	if len(p.Ports) > 0 {
+		printf(out, "Seen from outside:\n")
+		if p.Baseline == baseKernel {
+			printf(out, "  (before: what the running rules do to a stranger, for they are not what was last applied)\n")
+		}
+		if err := printPorts(out, p.Ports); err != nil {
+			return err
+		}
+	}
+	printf(out, "Plan: %d to add, %d to change, %d to remove\n", n.add, n.change, n.remove)
+	return nil
+}
