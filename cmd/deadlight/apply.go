@@ -10,7 +10,7 @@ import (
 )
 
 func newApplyCommand(e env) *cobra.Command {
-	var dry bool
+	var dry, atBoot bool
 	c := &cobra.Command{
 		Use:     "apply [POLICY]",
 		GroupID: groupApply,
@@ -31,7 +31,12 @@ with deadlight check and try it with deadlight try before you apply it remotely.
 	}
 	dir := stateFlag(c)
 	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing: the same as deadlight plan")
+	c.Flags().BoolVar(&atBoot, "boot", false, "for the boot unit: load what can be had of the policy, the last known\ngood and a lock-down; exit 1 when it is not the policy")
+	c.MarkFlagsMutuallyExclusive("boot", "dry-run")
 	c.RunE = func(_ *cobra.Command, args []string) error {
+		if atBoot {
+			return boot(e, policyArg(args), *dir)
+		}
 		if dry {
 			return plan(e, policyArg(args), planFlags{state: *dir})
 		}
