@@ -44,6 +44,8 @@ ports = 80
 ports = 22
 `
 
+const lockDownPolicy = "version = 1\n[failsafe]\nports = 22\n"
+
 // TestBoot boots a system in systemd-nspawn, again and again as one host that
 // lives through it all. Its services listen before the network is there; it is
 // probed from outside from before each boot until after the power is off.
@@ -62,7 +64,7 @@ func TestBoot(t *testing.T) {
 		name    string
 		prepare func() // on the disk of the host that ran the first case
 		then    string // is run on the host before it is shut down
-		full    bool   // there is no room where the state is kept
+		full    string // the directory that has no room left
 		answers []string
 		unit    string // systemctl is-failed
 		says    []string
@@ -92,7 +94,7 @@ func TestBoot(t *testing.T) {
 		name:    "broken policy",
 		prepare: func() { m.write(policyFile, bootPolicy+"[open.mail]\nport = 25\n") },
 		answers: []string{listed},
-		unit:    "failed", says: []string{`^deadlight: error: /etc/deadlight/policy.toml:6:1: unknown key "port" in \[open.mail\] \(and 1 more error\)` + good},
+		unit:    "failed", says: []string{`^deadlight: error: /etc/deadlight/policy.toml:7:1: unknown key "port" in \[open.mail\]` + good},
 	}, {
 		name:    "missing policy",
 		prepare: func() { m.remove(policyFile) },
@@ -102,24 +104,39 @@ func TestBoot(t *testing.T) {
 		name: "broken policy and truncated state",
 		prepare: func() {
 			m.write(policyFile, "version")
-			m.write("etc/deadlight/failsafe.toml", "version = 1\n[failsafe]\nports = 22\n")
+			m.write(failsafeFile, lockDownPolicy)
 			m.truncate(stateDir + "/good")
 		},
 		answers: []string{rescue},
-		unit:    "failed", says: []string{`^deadlight: error: /etc/deadlight/policy.toml:1:8: .*; state /var/lib/deadlight/good: damaged: it is no longer what was written` + inLockDown + `/etc/deadlight/failsafe.toml says$`},
+		unit:    "failed", says: []string{`^deadlight: error: /etc/deadlight/policy.toml:1:7: .*; state /var/lib/deadlight/good: damaged: it is no longer what was written` + inLockDown + `/etc/deadlight/failsafe.toml says$`},
 	}, {
 		name:    "truncated state",
 		prepare: func() { m.truncate(stateDir + "/good") },
 		answers: []string{listed},
 		unit:    "active", says: []string{loaded},
 	}, {
-		name:    "full disk",
-		full:    true,
+		name:    "full disk for the state",
+		full:    stateDir,
 		answers: []string{listed},
 		unit:    "active", says: []string{`^deadlight: warning: /etc/deadlight/policy.toml is in force, but not recorded as applied: state /var/lib/deadlight/.*: no space left on device$`, loaded},
 	}, {
+		name:    "full disk for everything",
+		full:    ".",
+		answers: []string{listed},
+		unit:    "active", says: []string{`^deadlight: warning: /etc/deadlight/policy.toml is in force, but not recorded as applied: state /var/lib/deadlight/.*: no space left on device$`, loaded},
+	}, {
+		name: "full disk, broken policy and no state",
+		full: ".",
+		prepare: func() {
+			m.write(policyFile, "version = 1\n[open]\nssh = 22\n")
+			m.write(failsafeFile, lockDownPolicy)
+			m.remove(stateDir)
+		},
+		answers: []string{rescue},
+		unit:    "failed", says: []string{`^deadlight: error: /etc/deadlight/policy.toml:3:.*; state /var/lib/deadlight: nothing is recorded as applied here` + inLockDown},
+	}, {
 		name:    "full disk and broken policy",
-		full:    true,
+		full:    stateDir,
 		prepare: func() { m.write(policyFile, "version = 2\n") },
 		answers: []string{listed},
 		unit:    "failed", says: []string{`^deadlight: error: /etc/deadlight/policy.toml:1:11: .*` + good},
@@ -178,8 +195,9 @@ func TestBoot(t *testing.T) {
 
 // Names on the disk of the host.
 const (
-	policyFile = "etc/deadlight/policy.toml"
-	stateDir   = "var/lib/deadlight"
+	policyFile   = "etc/deadlight/policy.toml"
+	failsafeFile = "etc/deadlight/failsafe.toml"
+	stateDir     = "var/lib/deadlight"
 )
 
 // machine is the host that is booted, and its outside, which is the network
@@ -201,10 +219,11 @@ func newMachine(t *testing.T) *machine {
 		t.Fatalf("install systemd-container, or use .ci/test: %v", err)
 	}
 	archive := strings.TrimSpace(m.output("../../.ci/debian-root"))
-	m.mount("tmpfs", m.dir, "tmpfs", "size=2g,mode=0755")
+	m.mount("tmpfs", m.dir, "tmpfs", "size=64m,mode=0755")
 	for _, d := range []string{"root", "report", "cgroup", "kept"} {
 		m.check(os.Mkdir(filepath.Join(m.dir, d), 0o755))
 	}
+	m.mount("tmpfs", m.path("root"), "tmpfs", "size=640m,mode=0755")
 	m.output("tar", "--numeric-owner", "--xattrs", "-xpf", archive, "-C", m.path("root"))
 	m.mount("cgroup2", m.path("cgroup"), "cgroup2", "")
 	m.cgroup = m.path("cgroup/deadlight-test-" + fmt.Sprint(time.Now().UnixNano()))
@@ -217,7 +236,6 @@ func newMachine(t *testing.T) *machine {
 		removeCgroup(t, m.cgroup)
 	})
 	m.install()
-	m.wire()
 	return m
 }
 
@@ -280,12 +298,30 @@ func (m *machine) keepState() {
 	m.output("cp", "-a", m.disk(stateDir), m.path("kept/state"))
 }
 
+// fill takes all the room there is.
+func (m *machine) fill(name string) {
+	m.Helper()
+	f, err := os.Create(name)
+	m.check(err)
+	for _, size := range []int{1 << 20, 4096, 1} {
+		for err == nil {
+			_, err = f.Write(make([]byte, size))
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			m.Fatalf("fill the disk: %v", err)
+		}
+		err = nil
+	}
+	m.check(f.Close())
+}
+
 // restore undoes what a case did.
 func (m *machine) restore() {
 	m.Helper()
+	m.remove("filler")
 	m.chroot("systemctl", "enable", "deadlight.service")
 	m.write(policyFile, bootPolicy)
-	m.remove("etc/deadlight/failsafe.toml")
+	m.remove(failsafeFile)
 	m.remove(stateDir)
 	if m.has("kept/state") {
 		m.output("cp", "-a", m.path("kept/state"), m.disk(stateDir))
@@ -388,7 +424,7 @@ type bootReport struct {
 }
 
 // boot runs the host from power on to power off.
-func (m *machine) boot(then string, full bool) *bootReport {
+func (m *machine) boot(then, full string) *bootReport {
 	m.Helper()
 	if then == "" {
 		then = ":"
@@ -405,31 +441,27 @@ probe
 systemctl is-failed deadlight.service >/report/unit
 `+then+`
 journalctl --sync
-journalctl -q -o cat _SYSTEMD_UNIT=deadlight.service >/report/says
+journalctl -b -q -o cat _SYSTEMD_UNIT=deadlight.service >/report/says
 systemctl poweroff
 `)
 	args := []string{"--boot", "-D", m.path("root"), "--register=no", "--keep-unit", "--machine=deadlight-test", "--console=pipe", "--settings=no",
 		"--network-namespace-path=" + m.path("netns"), "--capability=CAP_NET_ADMIN,CAP_NET_RAW", "--bind=" + m.path("report") + ":/report"}
-	if full {
-		dir := m.path("full")
-		m.check(os.MkdirAll(dir, 0o700))
-		m.mount("tmpfs", dir, "tmpfs", "size=64k,mode=0700")
-		m.output("cp", "-a", m.path("kept/state")+"/.", dir)
-		if f, err := os.Create(filepath.Join(dir, "filler")); err == nil {
-			for err == nil {
-				_, err = f.Write(make([]byte, 4096))
-			}
-			if !errors.Is(err, unix.ENOSPC) {
-				m.Fatal(err)
-			}
-			m.check(f.Close())
+	if full != "" {
+		dir := m.disk(full)
+		if full != "." {
+			dir = m.path("full")
+			m.check(os.MkdirAll(dir, 0o700))
+			m.mount("tmpfs", dir, "tmpfs", "size=64k,mode=0700")
+			m.output("cp", "-a", m.disk(full)+"/.", dir)
+			args = append(args, "--bind="+dir+":/"+full)
 		}
-		args = append(args, "--bind="+dir+":/"+stateDir)
+		m.fill(filepath.Join(dir, "filler"))
 	}
 
+	m.wire()
 	probes, stop := startProbes()
 	defer stop()
-	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
 	var asks sync.WaitGroup
 	asks.Add(1)
@@ -448,6 +480,10 @@ exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
 	err := cmd.Run()
 	cancel()
 	asks.Wait()
+	last := probes[0].sent.Load() + 20 // the power is off
+	for probes[0].sent.Load() < last {
+		time.Sleep(time.Millisecond)
+	}
 	stop()
 	if err != nil {
 		m.Fatalf("boot: %v\n%s", err, console.Bytes())
