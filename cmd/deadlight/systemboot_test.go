@@ -65,6 +65,7 @@ func TestBoot(t *testing.T) {
 		prepare func() // on the disk of the host that ran the first case
 		then    string // is run on the host before it is shut down
 		full    string // the directory that has no room left
+		fixed   bool   // the disk is read-only
 		answers []string
 		unit    string // systemctl is-failed
 		says    []string
@@ -135,6 +136,12 @@ func TestBoot(t *testing.T) {
 		answers: []string{rescue},
 		unit:    "failed", says: []string{`^deadlight: error: /etc/deadlight/policy.toml:3:.*; state /var/lib/deadlight: nothing is recorded as applied here` + inLockDown},
 	}, {
+		name:    "read-only disk without a state",
+		fixed:   true,
+		prepare: func() { m.remove(stateDir) },
+		answers: []string{listed},
+		unit:    "active", says: []string{`^deadlight: warning: /etc/deadlight/policy.toml is in force, but not recorded as applied: state /var/lib/deadlight: read-only file system$`, loaded},
+	}, {
 		name:    "full disk and broken policy",
 		full:    stateDir,
 		prepare: func() { m.write(policyFile, "version = 2\n") },
@@ -149,7 +156,7 @@ func TestBoot(t *testing.T) {
 			if c.prepare != nil {
 				c.prepare()
 			}
-			r := m.boot(c.then, c.full)
+			r := m.boot(c.then, c.full, c.fixed)
 			for _, p := range r.probes {
 				t.Logf("%-8s %d of %d answered", p.name, p.answers.Load(), p.sent.Load())
 				for _, err := range p.errors() {
@@ -223,7 +230,7 @@ func newMachine(t *testing.T) *machine {
 	for _, d := range []string{"root", "report", "cgroup", "kept"} {
 		m.check(os.Mkdir(filepath.Join(m.dir, d), 0o755))
 	}
-	m.mount("tmpfs", m.path("root"), "tmpfs", "size=640m,mode=0755")
+	m.mount("tmpfs", m.path("root"), "tmpfs", "size=640m,nr_inodes=40000,mode=0755")
 	m.output("tar", "--numeric-owner", "--xattrs", "-xpf", archive, "-C", m.path("root"))
 	m.mount("cgroup2", m.path("cgroup"), "cgroup2", "")
 	m.cgroup = m.path("cgroup/deadlight-test-" + fmt.Sprint(time.Now().UnixNano()))
@@ -298,10 +305,12 @@ func (m *machine) keepState() {
 	m.output("cp", "-a", m.disk(stateDir), m.path("kept/state"))
 }
 
-// fill takes all the room there is.
-func (m *machine) fill(name string) {
+// fill leaves no room for a byte and none for a name.
+func (m *machine) fill(dir string) {
 	m.Helper()
-	f, err := os.Create(name)
+	dir = filepath.Join(dir, "filler")
+	m.check(os.Mkdir(dir, 0o755))
+	f, err := os.Create(filepath.Join(dir, "0"))
 	m.check(err)
 	for _, size := range []int{1 << 20, 4096, 1} {
 		for err == nil {
@@ -313,6 +322,12 @@ func (m *machine) fill(name string) {
 		err = nil
 	}
 	m.check(f.Close())
+	for i := 1; err == nil; i++ {
+		err = unix.Mknod(filepath.Join(dir, fmt.Sprint(i)), unix.S_IFREG, 0)
+	}
+	if !errors.Is(err, unix.ENOSPC) {
+		m.Fatalf("fill the disk: %v", err)
+	}
 }
 
 // restore undoes what a case did.
@@ -424,7 +439,7 @@ type bootReport struct {
 }
 
 // boot runs the host from power on to power off.
-func (m *machine) boot(then, full string) *bootReport {
+func (m *machine) boot(then, full string, fixed bool) *bootReport {
 	m.Helper()
 	if then == "" {
 		then = ":"
@@ -446,16 +461,19 @@ systemctl poweroff
 `)
 	args := []string{"--boot", "-D", m.path("root"), "--register=no", "--keep-unit", "--machine=deadlight-test", "--console=pipe", "--settings=no",
 		"--network-namespace-path=" + m.path("netns"), "--capability=CAP_NET_ADMIN,CAP_NET_RAW", "--bind=" + m.path("report") + ":/report"}
+	if fixed {
+		args = append(args, "--read-only")
+	}
 	if full != "" {
 		dir := m.disk(full)
 		if full != "." {
 			dir = m.path("full")
 			m.check(os.MkdirAll(dir, 0o700))
-			m.mount("tmpfs", dir, "tmpfs", "size=64k,mode=0700")
+			m.mount("tmpfs", dir, "tmpfs", "size=64k,nr_inodes=100,mode=0700")
 			m.output("cp", "-a", m.disk(full)+"/.", dir)
 			args = append(args, "--bind="+dir+":/"+full)
 		}
-		m.fill(filepath.Join(dir, "filler"))
+		m.fill(dir)
 	}
 
 	m.wire()
@@ -476,6 +494,7 @@ echo $$ >/sys/fs/cgroup/"$0"/cgroup.procs
 exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
 	var console bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &console, &console
+	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_TMPFS_TMP=0") // /tmp is on the disk, which may be full
 	cmd.WaitDelay = 5 * time.Second
 	err := cmd.Run()
 	cancel()
