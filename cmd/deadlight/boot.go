@@ -168,7 +168,7 @@ func (b *booting) policy() error {
 	rs = b.inTime(rs)
 	res, err := b.host.conn.Apply(rs)
 	if err != nil {
-		return fmt.Errorf("%s: %w", b.file, err)
+		return fmt.Errorf("%s: %w", b.file, plainly(err))
 	}
 	if err := b.record(rs, from, res); err != nil {
 		printf(b.stderr, "deadlight: warning: %s is in force, but not recorded as applied: %s\n", printable(b.file), oneLine(firstLine(err)))
@@ -179,6 +179,15 @@ func (b *booting) policy() error {
 	}
 	printf(b.stdout, "Applied generation %d: %s in one transaction, read back identical\n", res.Generation.ID, plural(len(res.Changed), "difference"))
 	return nil
+}
+
+// plainly is the error without where in the table it was met.
+func plainly(err error) error {
+	var unknown *firewall.NameError
+	if errors.As(err, &unknown) {
+		return unknown
+	}
+	return err
 }
 
 // invalid tells the first of the problems that keep a policy from being used.
@@ -278,7 +287,7 @@ func (b *booting) lastGood() error {
 	}
 	b.readable = append(b.readable, rs.Policy)
 	if _, err := b.host.conn.Apply(b.inTime(rs)); err != nil {
-		return fmt.Errorf("last known good: %w", err)
+		return fmt.Errorf("last known good: %w", plainly(err))
 	}
 	return nil
 }
