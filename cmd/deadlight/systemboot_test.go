@@ -62,7 +62,7 @@ func TestBoot(t *testing.T) {
 	const inLockDown = `: the lock-down is in force: only 22/tcp gets in, as \[failsafe\] of `
 	cases := []struct {
 		name    string
-		prepare func() // on the disk of the host that ran the first case
+		prepare func() // on the disk of a host where the policy was applied
 		then    string // is run on the host before it is shut down
 		full    string // the directory that has no room left
 		fixed   bool   // the disk is read-only
@@ -87,8 +87,13 @@ func TestBoot(t *testing.T) {
 		answers: []string{listed},
 		unit:    "active", says: []string{loaded, `^No changes: `, `^No changes: `},
 	}, {
-		name:    "policy again, with its state",
-		then:    "deadlight drift >&2 || touch /report/drift",
+		name: "policy again, with its state",
+		// The verification is of the outside, which filters nothing.
+		then: `
+deadlight drift --quiet || touch /report/drift
+echo "DEADLIGHT_VERIFY=/etc/deadlight/policy.toml --target ` + outside4 + ` --ports 1-99/tcp" >/etc/deadlight/verify.env
+systemctl start deadlight-verify.service
+journalctl -b -q -o cat _SYSTEMD_UNIT=deadlight-verify.service >/report/verify`,
 		answers: []string{listed},
 		unit:    "active", says: []string{loaded},
 	}, {
@@ -148,9 +153,8 @@ func TestBoot(t *testing.T) {
 		answers: []string{listed},
 		unit:    "failed", says: []string{`^deadlight: error: /etc/deadlight/policy.toml:1:11: .*` + good},
 	}}
-	m.write(policyFile, bootPolicy)
 	for _, c := range cases {
-		ok := t.Run(c.name, func(t *testing.T) {
+		t.Run(c.name, func(t *testing.T) {
 			m.T = t
 			m.restore()
 			if c.prepare != nil {
@@ -187,16 +191,16 @@ func TestBoot(t *testing.T) {
 			if m.has("report/drift") {
 				t.Error("drift after the boot")
 			}
+			if strings.Contains(c.then, "deadlight-verify") {
+				report, err := os.ReadFile(m.path("report/verify"))
+				if err != nil || !bytes.Contains(report, []byte(`"verdict": "fail"`)) {
+					t.Errorf("deadlight-verify.service says %v\n%s", err, report)
+				}
+			}
 			if t.Failed() {
 				t.Logf("console:\n%s", r.console)
 			}
-			if c.name == "policy" && !t.Failed() {
-				m.keepState()
-			}
 		})
-		if !ok && c.name == "policy" {
-			t.Fatal("the other cases begin with the state of this one")
-		}
 	}
 }
 
@@ -219,8 +223,10 @@ type machine struct {
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	m := &machine{T: t, dir: t.TempDir()}
-	if ids, err := os.ReadFile("/proc/self/uid_map"); err != nil || !regexp.MustCompile(`^\s*0\s+0\s+4294967295\s*$`).Match(ids) {
-		t.Fatalf("booting a system takes root: sudo -E go test -run TestBoot ./cmd/deadlight, or leave it out with -short (%v)", err)
+	ids, err := os.ReadFile("/proc/self/uid_map")
+	m.check(err)
+	if !regexp.MustCompile(`^\s*0\s+0\s+4294967295\s*$`).Match(ids) {
+		t.Fatal("booting a system takes root: sudo -E go test -run TestBoot ./cmd/deadlight, or leave it out with -short")
 	}
 	if _, err := exec.LookPath("systemd-nspawn"); err != nil {
 		t.Fatalf("install systemd-container, or use .ci/test: %v", err)
@@ -243,6 +249,7 @@ func newMachine(t *testing.T) *machine {
 		removeCgroup(t, m.cgroup)
 	})
 	m.install()
+	m.keepState()
 	return m
 }
 
@@ -299,9 +306,13 @@ func (m *machine) remove(name string) { m.Helper(); m.check(os.RemoveAll(m.disk(
 
 func (m *machine) truncate(name string) { m.Helper(); m.check(os.Truncate(m.disk(name), 100)) }
 
-// keepState makes the state that is on the disk now the one every case begins with.
+// keepState applies the policy as an admin does, before the first boot under it,
+// and keeps what that leaves on the disk.
 func (m *machine) keepState() {
 	m.Helper()
+	m.write(policyFile, bootPolicy)
+	m.output("unshare", "--net", "--mount", "chroot", m.path("root"), "sh", "-ec",
+		"mount -t proc proc /proc && exec deadlight apply --state-dir /"+stateDir)
 	m.output("cp", "-a", m.disk(stateDir), m.path("kept/state"))
 }
 
@@ -338,9 +349,7 @@ func (m *machine) restore() {
 	m.write(policyFile, bootPolicy)
 	m.remove(failsafeFile)
 	m.remove(stateDir)
-	if m.has("kept/state") {
-		m.output("cp", "-a", m.path("kept/state"), m.disk(stateDir))
-	}
+	m.output("cp", "-a", m.path("kept/state"), m.disk(stateDir))
 	m.check(os.RemoveAll(m.path("report")))
 	m.check(os.Mkdir(m.path("report"), 0o755))
 }
