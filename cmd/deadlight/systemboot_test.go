@@ -97,6 +97,11 @@ journalctl -b -q -o cat _SYSTEMD_UNIT=deadlight-verify.service >/report/verify`,
 		answers: []string{listed},
 		unit:    "active", says: []string{loaded},
 	}, {
+		name:    "other firewalls that flush every table",
+		prepare: m.flushers,
+		answers: []string{listed},
+		unit:    "active", says: []string{loaded},
+	}, {
 		name:    "broken policy",
 		prepare: func() { m.write(policyFile, bootPolicy+"[open.mail]\nport = 25\n") },
 		answers: []string{listed},
@@ -187,6 +192,12 @@ journalctl -b -q -o cat _SYSTEMD_UNIT=deadlight-verify.service >/report/verify`,
 						t.Errorf("it says %q, want %s", r.says[i], want)
 					}
 				}
+			}
+			// What an admin looks at shows the reason.
+			status, err := os.ReadFile(m.path("report/status"))
+			m.check(err)
+			if n := len(r.says); c.unit == "failed" && n > 0 && !bytes.Contains(status, []byte(r.says[n-1]+"\n")) {
+				t.Errorf("systemctl status does not show the reason:\n%s", status)
 			}
 			if m.has("report/drift") {
 				t.Error("drift after the boot")
@@ -316,6 +327,24 @@ func (m *machine) keepState() {
 	m.output("cp", "-a", m.disk(stateDir), m.path("kept/state"))
 }
 
+// flushers are units in the places of others' that begin with a flush: one as
+// early as it can be, one with the dependencies of an ordinary service.
+func (m *machine) flushers() {
+	m.Helper()
+	for name, unit := range map[string]string{
+		"nftables":  "DefaultDependencies=no\nWants=network-pre.target\nBefore=network-pre.target\n[Install]\nWantedBy=sysinit.target\n",
+		"firewalld": "Wants=network-pre.target\nBefore=network-pre.target\n[Install]\nWantedBy=multi-user.target\n",
+	} {
+		m.write("etc/systemd/system/"+name+".service", `[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c "sleep 0.5; deadlight remove --state-dir /run/none"
+[Unit]
+`+unit)
+		m.chroot("systemctl", "enable", name+".service")
+	}
+}
+
 // fill leaves no room for a byte and none for a name.
 func (m *machine) fill(dir string) {
 	m.Helper()
@@ -345,6 +374,12 @@ func (m *machine) fill(dir string) {
 func (m *machine) restore() {
 	m.Helper()
 	m.remove("filler")
+	for _, name := range []string{"nftables.service", "firewalld.service"} {
+		if m.has("root/etc/systemd/system/" + name) {
+			m.chroot("systemctl", "disable", name)
+			m.remove("etc/systemd/system/" + name)
+		}
+	}
 	m.chroot("systemctl", "enable", "deadlight.service")
 	m.write(policyFile, bootPolicy)
 	m.remove(failsafeFile)
@@ -463,6 +498,7 @@ probe() {
 }
 probe
 systemctl is-failed deadlight.service >/report/unit
+systemctl status --no-pager --full deadlight.service >/report/status
 `+then+`
 journalctl --sync
 journalctl -b -q -o cat _SYSTEMD_UNIT=deadlight.service >/report/says
