@@ -24,6 +24,12 @@ What was applied is kept, with the text of the policy and its lists: deadlight
 drift holds the kernel against it. An apply that was killed is either undone or
 finished by the next one.
 
+With --boot, which is for deadlight.service, a policy that cannot be used is
+replaced by what was last applied, else by a lock-down: replies, neighbour
+discovery, ICMP errors, the DHCP client, and what [failsafe] of the policy, of what
+was last applied or of failsafe.toml beside the policy admits. Exit 1 then, with
+the reason in one line.
+
 This version does not check whether the policy admits your own connection: look
 with deadlight check and try it with deadlight try before you apply it remotely.`,
 		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --dry-run",
