@@ -10,7 +10,7 @@ import (
 )
 
 func newApplyCommand(e env) *cobra.Command {
-	var dry bool
+	var dry, atBoot bool
 	var f applyFlags
 	c := &cobra.Command{
 		Use:     "apply [POLICY]",
@@ -32,7 +32,13 @@ tmux and screen; what a service or a timer runs has none.
 As root, a policy is refused that others could write: its files, the directories
 they stand in and those above, where these are not sticky. Of what the shell hands
 over (/dev/stdin, /dev/fd/3) a pipe is taken as it is, and a file must be safe
-itself.`,
+itself.
+
+With --boot, which is for deadlight.service, a policy that cannot be used is
+replaced by what was last applied, else by a lock-down: replies, neighbour
+discovery, ICMP errors, the DHCP client, and what [failsafe] of the policy, of what
+was last applied or of failsafe.toml beside the policy admits. Exit 1 then, with
+the reason in one line.`,
 		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --dry-run",
 		Args:    atMostPolicy,
 	}
@@ -40,7 +46,12 @@ itself.`,
 	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing: the same as deadlight plan")
 	c.Flags().BoolVar(&f.acceptLockout, "accept-lockout", false, "apply also what does not admit your own session")
 	c.Flags().BoolVar(&f.insecure, "insecure-policy", false, "apply also what others than root can write")
+	c.Flags().BoolVar(&atBoot, "boot", false, "for the boot unit: load what can be had of the policy, the last known\ngood and a lock-down; exit 1 when it is not the policy")
+	c.MarkFlagsMutuallyExclusive("boot", "dry-run")
 	c.RunE = func(_ *cobra.Command, args []string) error {
+		if atBoot {
+			return boot(e, policyArg(args), *dir)
+		}
 		if dry {
 			return plan(e, policyArg(args), planFlags{state: *dir})
 		}
@@ -70,6 +81,9 @@ func apply(e env, file, dir string, f applyFlags) error {
 	res, err := applyAndRecord(e, file, dir, rs, from)
 	if err != nil {
 		return hostError(err, "deadlight apply "+file)
+	}
+	for _, w := range res.Warnings {
+		printf(e.stderr, "deadlight: warning: %s\n", oneLine(w))
 	}
 	if len(res.Changed) == 0 {
 		printf(e.stdout, "No changes: the kernel holds what %s says, generation %d\n", printable(file), res.Generation.ID)
