@@ -12,7 +12,7 @@ import (
 )
 
 func newApplyCommand(e env) *cobra.Command {
-	var dry bool
+	var dry, atBoot bool
 	var f applyFlags
 	c := &cobra.Command{
 		Use:     "apply [POLICY]",
@@ -41,7 +41,13 @@ tmux and screen; what a service or a timer runs has none.
 As root, a policy is refused that others could write: its files, the directories
 they stand in and those above, where these are not sticky. Of what the shell hands
 over (/dev/stdin, /dev/fd/3) a pipe is taken as it is, and a file must be safe
-itself.`,
+itself.
+
+With --boot, which is for deadlight.service, a policy that cannot be used is
+replaced by what was last applied, else by a lock-down: replies, neighbour
+discovery, ICMP errors, the DHCP client, and what [failsafe] of the policy, of what
+was last applied or of failsafe.toml beside the policy admits. Exit 1 then, with
+the reason in one line.`,
 		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --confirm 60s\n  sudo deadlight apply --dry-run",
 		Args:    atMostPolicy,
 	}
@@ -51,9 +57,15 @@ itself.`,
 	c.Flags().BoolVar(&f.noWait, "no-wait", false, "with --confirm: do not count down on a terminal")
 	c.Flags().BoolVar(&f.acceptLockout, "accept-lockout", false, "apply also what does not admit your own session")
 	c.Flags().BoolVar(&f.insecure, "insecure-policy", false, "apply also what others than root can write")
+	c.Flags().BoolVar(&atBoot, "boot", false, "for the boot unit: load what can be had of the policy, the last known\ngood and a lock-down; exit 1 when it is not the policy")
+	c.MarkFlagsMutuallyExclusive("boot", "dry-run")
+	c.MarkFlagsMutuallyExclusive("boot", "confirm")
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if c.Flags().Changed("confirm") && (f.within < shortestTrial || f.within > longestTrial) {
 			return usageError("deadlight apply --confirm 60s", "--confirm takes from 2s to 24h: %s", f.within)
+		}
+		if atBoot {
+			return boot(e, policyArg(args), *dir)
 		}
 		if dry {
 			return plan(e, policyArg(args), planFlags{state: *dir})
@@ -88,6 +100,9 @@ func apply(ctx context.Context, e env, file, dir string, f applyFlags) error {
 	res, r, err := applyAndRecord(e, file, dir, rs, from, f.within)
 	if err != nil {
 		return hostError(err, "deadlight apply "+file)
+	}
+	for _, w := range res.Warnings {
+		printf(e.stderr, "deadlight: warning: %s\n", oneLine(w))
 	}
 	if len(res.Changed) == 0 {
 		printf(e.stdout, "No changes: the kernel holds what %s says, generation %d\n", printable(file), res.Generation.ID)

@@ -27,8 +27,8 @@ type sshLab struct {
 }
 
 const (
-	outside4 = "203.0.113.20"
-	outside6 = "2001:db8:77::20"
+	peer4 = "203.0.113.20"
+	peer6 = "2001:db8:77::20"
 )
 
 // newSSHLab starts sshd on the throw-away host, with keys of its own.
@@ -58,7 +58,7 @@ UsePAM no
 PermitRootLogin yes
 `, sshPort, l.file("host"), l.file("id.pub")), 0o600))
 	for name, policy := range map[string]string{
-		"admits": "from = [\"" + outside4 + "\", \"" + outside6 + "\"]\ninterfaces = \"eth0\"",
+		"admits": "from = [\"" + peer4 + "\", \"" + peer6 + "\"]\ninterfaces = \"eth0\"",
 		"cuts":   "from = [\"192.0.2.0/24\", \"2001:db8:1::/48\"]",
 		"wires":  "interfaces = \"wg0\"",
 	} {
@@ -262,9 +262,9 @@ func TestLockout(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l := newSSHLab(t)
 			way := strings.ReplaceAll(tt.way, "ID", l.file("id"))
-			host, peer := l.host4.String(), outside4
+			host, peer := l.host4.String(), peer4
 			if tt.six {
-				host, peer = l.host6.String(), outside6
+				host, peer = l.host6.String(), peer6
 			}
 			before := l.table(t)
 			for policy, hint := range map[string]string{
@@ -317,7 +317,7 @@ func TestLockoutRedirected(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.port = front
-	for host, peer := range map[netip.Addr]string{l.host4: outside4, l.host6: outside6} {
+	for host, peer := range map[netip.Addr]string{l.host4: peer4, l.host6: peer6} {
 		r := l.ssh(t, host.String(), "%s", "apply back.toml")
 		if want := fmt.Sprintf("your own SSH session from %s to %d/tcp by eth0 would be cut", peer, front); r.code != "3" || !strings.Contains(r.out, want) {
 			t.Errorf("exit %s, want 3 and %q:\n%s", r.code, want, r.out)
@@ -398,7 +398,7 @@ func TestLockoutMosh(t *testing.T) {
 		return err == nil
 	})
 	for name, want := range map[string]string{
-		"cut":  "your own mosh session from " + outside4 + " to 60001/udp by eth0 would be cut",
+		"cut":  "your own mosh session from " + peer4 + " to 60001/udp by eth0 would be cut",
 		"code": "0",
 	} {
 		b, err := os.ReadFile(l.file(name))

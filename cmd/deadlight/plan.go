@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -59,6 +60,7 @@ type planJSON struct {
 	Ports      []portJSON       `json:"ports"`
 	Notes      []string         `json:"notes"`
 	Lockout    []string         `json:"lockout"` // the caller's own sessions that it would cut
+	Ending     []firewall.Flow  `json:"ending"`  // established flows that it would end
 	// Interference is what beside Deadlight bears on the policy.
 	Interference []interferenceJSON `json:"interference"`
 
@@ -119,7 +121,7 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	}
 	p := &planJSON{
 		Schema: 1, Policy: file, Baseline: baseApplied,
-		Rules: []ruleChangeJSON{}, Changes: []changeJSON{}, Ports: []portJSON{}, Notes: []string{},
+		Rules: []ruleChangeJSON{}, Changes: []changeJSON{}, Ports: []portJSON{}, Notes: []string{}, Ending: []firewall.Flow{},
 	}
 	beside, err := h.conn.Interference(rs, h.conn.HostFiles())
 	if err != nil {
@@ -140,6 +142,11 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	if len(changes) == 0 {
 		return p, nil
 	}
+	ending, err := h.conn.Ending(rs)
+	if err != nil {
+		return nil, err
+	}
+	p.Ending = append(p.Ending, ending...)
 	before := &portsBefore{}
 	switch {
 	case !is.Present && last != nil && last.Namespace.Is(h.here):
@@ -366,6 +373,31 @@ func (p *planJSON) partly(rule string) bool {
 	return false
 }
 
+// printEnding lists the flows that end.
+func printEnding(out io.Writer, flows []firewall.Flow) {
+	const most = 20
+	if len(flows) == 0 {
+		return
+	}
+	printf(out, "Ends: %s\n", plural(len(flows), "established flow"))
+	for i, f := range flows {
+		if i == most {
+			printf(out, "  and %d more\n", len(flows)-most)
+			return
+		}
+		direction := "from"
+		if f.Outbound {
+			direction = "to"
+		}
+		who := "process not known"
+		if f.Process != "" {
+			who = fmt.Sprintf("%s (pid %d)", f.Process, f.PID)
+		}
+		printf(out, "  %s %s %s  %s\n", oneLine(fmt.Sprintf("%d/%s at %s", f.Port, f.Protocol, f.Address)), direction,
+			netip.AddrPortFrom(f.Peer, f.PeerPort), oneLine(who))
+	}
+}
+
 // print renders the plan for people.
 func (p *planJSON) print(out io.Writer, all bool) error {
 	defer func() {
@@ -429,6 +461,7 @@ func (p *planJSON) print(out io.Writer, all bool) error {
 			return err
 		}
 	}
+	printEnding(out, p.Ending)
 	printf(out, "Plan: %d to add, %d to change, %d to remove\n", n.add, n.change, n.remove)
 	return nil
 }

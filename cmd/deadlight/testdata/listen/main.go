@@ -1,0 +1,49 @@
+// Command listen stands for the services of a host: it accepts on tcp/PORT and
+// answers on udp/PORT until it is killed.
+package main
+
+import (
+	"log"
+	"net"
+	"os"
+	"strings"
+)
+
+func main() {
+	for _, arg := range os.Args[1:] {
+		network, port, _ := strings.Cut(arg, "/")
+		if network == "udp" {
+			c, err := net.ListenPacket("udp", ":"+port)
+			if err != nil {
+				log.Fatal(err)
+			}
+			go func() {
+				b := make([]byte, 512)
+				for {
+					n, from, err := c.ReadFrom(b)
+					if err == nil {
+						_, err = c.WriteTo(b[:n], from)
+					}
+					if err != nil {
+						log.Print(err)
+					}
+				}
+			}()
+			continue
+		}
+		l, err := net.Listen("tcp", ":"+port)
+		if err != nil {
+			log.Fatal(err)
+		}
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					log.Fatal(err)
+				}
+				c.Close()
+			}
+		}()
+	}
+	select {}
+}
