@@ -116,6 +116,7 @@ type booting struct {
 	file string
 
 	good, next *firewall.Record // nil: none, or unreadable
+	pending    *firewall.Record // on trial when the host went down; its index alone
 	goodErr    error            // why good is nil
 
 	readable []*rules.Policy // best first: whose [failsafe] counts
@@ -131,6 +132,7 @@ func (b *booting) recall() {
 	b.good, b.goodErr = b.host.state.Good()
 	// What was being applied matters where it can be read.
 	b.next, _ = b.host.state.Next()
+	b.pending, _ = b.host.state.PendingIndex()
 	if b.good != nil {
 		b.host.conn.Known = b.host.state.Known(b.good)
 	}
@@ -217,20 +219,17 @@ func invalid(problems []rules.Problem) error {
 }
 
 // unconfirmed reports whether the host went down while this very policy was
-// being applied over another: then a boot goes back to that.
+// being applied over another, or was on trial: then a boot goes back to that.
 func (b *booting) unconfirmed(from *sources) bool {
-	if b.next == nil || b.good == nil {
+	if b.good == nil {
 		return false
 	}
 	list := from.list()
-	return !sameSources(list, b.good.Sources) && sameSources(list, b.next.Sources)
+	is := func(r *firewall.Record) bool { return r != nil && sameSources(list, r.Sources) }
+	return !is(b.good) && (is(b.next) || is(b.pending))
 }
 
-func sameSources(a, b []firewall.Source) bool {
-	return slices.EqualFunc(a, b, func(x, y firewall.Source) bool {
-		return x.Name == y.Name && x.SHA256 == y.SHA256 && x.Absent == y.Absent
-	})
-}
+func sameSources(a, b []firewall.Source) bool { return slices.EqualFunc(a, b, sameSource) }
 
 // newest is the newest time that the state knows: no boot is earlier.
 func (b *booting) newest() time.Time {

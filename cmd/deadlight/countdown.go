@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"deadlight/firewall"
@@ -86,7 +85,7 @@ func outcome(e env, state *firewall.State, trial *firewall.Record) error {
 		return rolledBack(trial, "")
 	case err != nil:
 		return hostError(err, "deadlight status")
-	case good.Applied.Equal(trial.Applied) && slices.EqualFunc(good.Sources, trial.Sources, sameSource):
+	case good.Applied.Equal(trial.Applied) && sameSources(good.Sources, trial.Sources):
 		printf(e.stdout, "Confirmed\n")
 		return nil
 	}

@@ -144,7 +144,7 @@ func (h *host) beside(rs *rules.Ruleset) ([]firewall.Interference, error) {
 func sameRecord(a, b *firewall.Record) bool {
 	sameGlob := func(x, y firewall.Glob) bool { return x.Pattern == y.Pattern && slices.Equal(x.Names, y.Names) }
 	return a.Policy == b.Policy && a.By == b.By && a.Namespace.Is(b.Namespace) &&
-		slices.Equal(a.Beside, b.Beside) && slices.EqualFunc(a.Sources, b.Sources, sameSource) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
+		slices.Equal(a.Beside, b.Beside) && sameSources(a.Sources, b.Sources) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
 		len(firewall.Diff(a.Snapshot, b.Snapshot)) == 0
 }
 
