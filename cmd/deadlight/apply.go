@@ -16,10 +16,11 @@ func newApplyCommand(e env) *cobra.Command {
 		Use:     "apply [POLICY]",
 		GroupID: groupApply,
 		Short:   "Put a policy in force, in one transaction",
-		Long: `Replaces the table inet deadlight of this network namespace by what the policy
-compiles to, in one transaction and in place: no packet finds the host open in
-between. Then the table is read back and compared with what was meant. When
-nothing differs nothing is written.
+		Long: `Makes the table inet deadlight of this network namespace hold what the policy
+compiles to. Only what differs is written, and what packets meet changes in one
+transaction and in place: no packet finds the host open in between. Sets that
+change are loaded before it, and the old ones removed after it. Then the table is
+read back and compared with what was meant.
 
 What was applied is kept, with the text of the policy and its lists: deadlight
 drift holds the kernel against it. An apply that was killed is either undone or
