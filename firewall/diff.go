@@ -276,24 +276,25 @@ func precedes(a, b element) bool {
 	return a.isEnd() && !b.isEnd()
 }
 
-// users are the rules that name a set.
+// users are the different rules that name a set, wherever they stand.
 func (s *Snapshot) users(set string) []string {
 	var out []string
-	for _, chain := range sortedKeys(s.chains) {
-		for _, r := range s.chains[chain].rules {
+	for _, ch := range s.chains {
+		for _, r := range ch.rules {
 			uses([]byte(r), func(name string) {
 				if name == set {
-					out = append(out, chain+" "+r)
+					out = append(out, r)
 				}
 			})
 		}
 	}
-	return out
+	slices.Sort(out)
+	return slices.Compact(out)
 }
 
 // meterStays reports whether a meter keeps what it has counted: none of its rules
-// changed, and nobody put elements there. Its elements carry the limit they were made with, so a changed one
-// must begin anew.
+// changed, though they may have moved, and nobody put elements there. Its elements
+// carry the limit they were made with, so a changed one must begin anew.
 func meterStays(name string, is, wanted *Snapshot) bool {
 	a, b := is.sets[name], wanted.sets[name]
 	return b != nil && a.is(unix.NFT_SET_EVAL) && a.definition == b.definition && len(a.elements) == 0 && slices.Equal(is.users(name), wanted.users(name))

@@ -538,7 +538,8 @@ func (g *Guard) prepare(target *Target) {
 	}
 	g.ready, g.readied = nil, now
 	for i := range target.Ruleset.Table.Sets {
-		if target.Ruleset.Table.Sets[i].Large() {
+		// And the end of a trial must not wait for as long as this is kept.
+		if s := &target.Ruleset.Table.Sets[i]; s.Large() || s.Name == rules.TrialSet {
 			return
 		}
 	}

@@ -16,9 +16,9 @@ type AppliedState struct {
 	here  Namespace
 	look  func() (*Snapshot, error)
 
-	good   fileID // of what target was made of
-	record *Record
-	target *Target
+	good, pending fileID // of what target was made of
+	record        *Record
+	target        *Target
 }
 
 // fileID changes when a file is replaced.
@@ -51,12 +51,16 @@ func (a *AppliedState) Target() (*Target, error) {
 	if err != nil {
 		return nil, err
 	}
+	pending, err := a.id(indexPending)
+	if err != nil {
+		return nil, err
+	}
 	next, err := a.id(indexNext)
 	if err != nil {
 		return nil, err
 	}
 	// With an apply under way, or one that was killed, only a look tells.
-	if a.target != nil && good == a.good && next == (fileID{}) {
+	if a.target != nil && good == a.good && pending == a.pending && next == (fileID{}) {
 		return a.target, nil
 	}
 	r, err := a.state.Settle(a.look, a.here)
@@ -66,13 +70,13 @@ func (a *AppliedState) Target() (*Target, error) {
 	if !r.Namespace.Is(a.here) && !r.Namespace.Gone(a.here) {
 		return nil, &StateError{Path: a.state.dir, Err: errors.New("it is of another network namespace"), Hint: "deadlight apply"}
 	}
-	a.good = good
+	a.good, a.pending = good, pending
 	if a.record != nil && a.record.Table == r.Table && a.record.Applied.Equal(r.Applied) {
 		return a.target, nil
 	}
 	a.record = r
 	a.target = &Target{Policy: r.Policy, Snapshot: r.Snapshot}
-	rs, err := a.state.Compile(r)
+	rs, err := a.state.Loaded(r)
 	if err != nil {
 		a.target.Reason = fmt.Errorf("compile what was applied: %w", err)
 		return a.target, nil

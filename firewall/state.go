@@ -59,14 +59,15 @@ const stateVersion = 1
 // Names in the directory. A record of another kind gets a name here, and its
 // blobs are kept.
 const (
-	indexGood = "good" // what was applied
-	indexNext = "next" // what is being applied
-	lockName  = "lock"
-	blobEnd   = ".blob"
-	tempEnd   = ".tmp"
+	indexGood    = "good"    // what was applied, and confirmed
+	indexNext    = "next"    // what is being applied
+	indexPending = "pending" // what is on trial
+	lockName     = "lock"
+	blobEnd      = ".blob"
+	tempEnd      = ".tmp"
 )
 
-func indexes() []string { return []string{indexGood, indexNext} }
+func indexes() []string { return []string{indexGood, indexNext, indexPending} }
 
 // largestIndex is more than any index may have.
 const largestIndex = 64 << 20
@@ -82,6 +83,10 @@ type Record struct {
 	Namespace  Namespace `json:"namespace"`
 	Generation uint32    `json:"generation"` // after which the kernel held it
 	Snapshot   *Snapshot `json:"-"`
+
+	Deadline time.Time `json:"deadline,omitzero"` // of a trial; zero: it is none
+	Session  string    `json:"session,omitempty"` // of a trial: the SSH connection it was begun from
+	Back     *Back     `json:"back,omitempty"`    // the last trial that came back to this
 
 	Version int    `json:"-"`        // of the format it was read from
 	Table   string `json:"snapshot"` // SHA-256 of the snapshot
@@ -434,7 +439,8 @@ func (s *State) Stage(r *Record) error {
 }
 
 // Commit makes what was staged the record of what is applied, after the kernel
-// has taken it; generation is the kernel's afterwards.
+// has taken it; generation is the kernel's afterwards. A trial is recorded beside
+// what is good, anything else ends one.
 func (s *State) Commit(generation uint32) error {
 	if err := s.writable(); err != nil {
 		return err
@@ -444,11 +450,20 @@ func (s *State) Commit(generation uint32) error {
 		return err
 	}
 	r.Generation = generation
-	if err := s.putIndex(indexGood, r); err != nil {
+	index := indexGood
+	if r.OnTrial() {
+		index = indexPending
+	}
+	if err := s.putIndex(index, r); err != nil {
 		return err
 	}
 	if err := s.syncDir(); err != nil {
 		return err
+	}
+	if !r.OnTrial() {
+		if err := s.unlink(indexPending); err != nil {
+			return err
+		}
 	}
 	return s.Discard()
 }
@@ -488,7 +503,7 @@ func (s *State) Settle(look func() (*Snapshot, error), here Namespace) (*Record,
 	next, err := s.Next()
 	switch {
 	case errors.Is(err, ErrNoState):
-		return s.goodOf(here)
+		return s.current(look, here)
 	case errors.Is(err, ErrStateDamaged):
 		// It was never acted on: it is written whole before the kernel is asked.
 	case err != nil:
@@ -511,7 +526,7 @@ func (s *State) Settle(look func() (*Snapshot, error), here Namespace) (*Record,
 			return nil, err
 		}
 	}
-	return s.goodOf(here)
+	return s.current(look, here)
 }
 
 // goodOf is Good, unless that is of a namespace that has ended and left its

@@ -70,7 +70,7 @@ func (s *State) Known(r *Record) func(set, digest string) []rules.AddrRange {
 	return func(set, digest string) []rules.AddrRange {
 		if known == nil {
 			table := &rules.Table{}
-			if rs, err := s.Compile(r); err == nil {
+			if rs, err := s.Loaded(r); err == nil {
 				table = &rs.Table
 			}
 			known = KnownIn(table)

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -26,6 +28,13 @@ What was applied is kept, with the text of the policy and its lists: deadlight
 drift holds the kernel against it. An apply that was killed is either undone or
 finished by the next one.
 
+With --confirm D it is on trial for that time: until then the new policy judges,
+and unless deadlight confirm comes first the kernel itself goes back to the old
+one: rules, sets and maps, with no process alive, also when this host hangs up or
+systemd is dead. On a terminal the time is counted down; Ctrl-C leaves the trial
+running. After a reboot only what was confirmed is loaded. No other policy is
+applied meanwhile; deadlight rollback ends a trial at once.
+
 A policy that would not let your own SSH or mosh session in again is refused, with
 the lines to add. The session is found through its socket, also under sudo, su,
 tmux and screen; what a service or a timer runs has none.
@@ -40,30 +49,40 @@ replaced by what was last applied, else by a lock-down: replies, neighbour
 discovery, ICMP errors, the DHCP client, and what [failsafe] of the policy, of what
 was last applied or of failsafe.toml beside the policy admits. Exit 1 then, with
 the reason in one line.`,
-		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --dry-run",
+		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --confirm 60s\n  sudo deadlight apply --dry-run",
 		Args:    atMostPolicy,
 	}
 	dir := stateFlag(c)
 	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing: the same as deadlight plan")
+	c.Flags().DurationVar(&f.within, "confirm", 0, "go back after this time, unless deadlight confirm is run: 60s, 5m")
+	c.Flags().BoolVar(&f.noWait, "no-wait", false, "with --confirm: do not count down on a terminal")
 	c.Flags().BoolVar(&f.acceptLockout, "accept-lockout", false, "apply also what does not admit your own session")
 	c.Flags().BoolVar(&f.insecure, "insecure-policy", false, "apply also what others than root can write")
 	c.Flags().BoolVar(&atBoot, "boot", false, "for the boot unit: load what can be had of the policy, the last known\ngood and a lock-down; exit 1 when it is not the policy")
 	c.MarkFlagsMutuallyExclusive("boot", "dry-run")
-	c.RunE = func(_ *cobra.Command, args []string) error {
+	c.MarkFlagsMutuallyExclusive("boot", "confirm")
+	c.RunE = func(c *cobra.Command, args []string) error {
 		if atBoot {
 			return boot(e, policyArg(args), *dir)
+		}
+		if c.Flags().Changed("confirm") && (f.within < shortestTrial || f.within > longestTrial) {
+			return usageError("deadlight apply --confirm 60s", "--confirm takes from 2s to 24h: %s", f.within)
 		}
 		if dry {
 			return plan(e, policyArg(args), planFlags{state: *dir})
 		}
-		return apply(e, policyArg(args), *dir, f)
+		return apply(c.Context(), e, policyArg(args), *dir, f)
 	}
 	return c
 }
 
-type applyFlags struct{ acceptLockout, insecure bool }
+type applyFlags struct {
+	within                  time.Duration // on trial for so long; 0: not
+	noWait                  bool
+	acceptLockout, insecure bool
+}
 
-func apply(e env, file, dir string, f applyFlags) error {
+func apply(ctx context.Context, e env, file, dir string, f applyFlags) error {
 	rs, from, err := readTrusted(e, file, "ruleset as before", f.insecure)
 	if err != nil {
 		return err
@@ -79,7 +98,7 @@ func apply(e env, file, dir string, f applyFlags) error {
 			return err
 		}
 	}
-	res, err := applyAndRecord(e, file, dir, rs, from)
+	res, r, err := applyAndRecord(e, file, dir, rs, from, f.within)
 	if err != nil {
 		return hostError(err, "deadlight apply "+file)
 	}
@@ -90,57 +109,70 @@ func apply(e env, file, dir string, f applyFlags) error {
 		printf(e.stdout, "No changes: the kernel holds what %s says, generation %d\n", printable(file), res.Generation.ID)
 		return nil
 	}
+	if r.OnTrial() {
+		printf(e.stdout, "Applied generation %d on trial: in one transaction, read back identical\n", res.Generation.ID)
+		return announce(ctx, e, dir, rs, r, f)
+	}
 	printf(e.stdout, "Applied generation %d: %s in one transaction, read back identical\n", res.Generation.ID, plural(len(res.Changed), "difference"))
+	if f.within > 0 {
+		printf(e.stdout, "Nothing to confirm: it judges like the policy that was applied before\n")
+	}
 	return nil
 }
 
 // applyAndRecord loads a ruleset into the network namespace of the calling thread and
-// keeps the record of it: what is meant is on disk before the kernel is asked.
-func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources) (res firewall.Result, err error) {
+// keeps the record of it, on trial if within is not 0: what is meant is on disk
+// before the kernel is asked.
+func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources, within time.Duration) (res firewall.Result, r *firewall.Record, err error) {
 	h, err := openHost(dir, true)
 	if err != nil {
-		return res, err
+		return res, nil, err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
 	h.conn.Hush = h.hush(e)
-	last, err := h.state.Settle(h.look, h.here)
+	last, err := h.settle()
 	switch {
 	case errors.Is(err, firewall.ErrStateDamaged):
 		printf(e.stderr, "deadlight: warning: %s: it is written anew\n", printable(err.Error()))
 		last = nil
 	case errors.Is(err, firewall.ErrNoState):
 	case err != nil:
-		return res, err
+		return res, r, err
 	case h.elsewhere(last):
 		printf(e.stderr, "deadlight: warning: the state in %s is of another network namespace: it is written anew\n", printable(h.state.Dir()))
 	}
 	if last != nil {
 		h.conn.Known = h.state.Known(last)
 	}
-	r, err := h.newRecord(file, rs, from)
-	if err != nil {
-		return res, err
+	if r, err = h.newRecord(file, rs, from); err != nil {
+		return res, r, err
+	}
+	load := rs
+	if within > 0 {
+		if load, err = h.putOnTrial(r, rs, within); err != nil {
+			return res, r, err
+		}
 	}
 	now, err := h.conn.Generation()
 	if err != nil {
-		return res, err
+		return res, r, err
 	}
 	if last != nil && last.Generation == now.ID && sameRecord(last, r) {
-		if res, err = h.conn.Apply(rs); err != nil || len(res.Changed) == 0 {
-			return res, err
+		if res, err = h.conn.Apply(load); err != nil || len(res.Changed) == 0 {
+			return res, r, err
 		}
 	}
 	if err := h.state.Stage(r); err != nil {
-		return res, err
+		return res, r, err
 	}
-	again, err := h.conn.Apply(rs)
+	again, err := h.conn.Apply(load)
 	if err != nil {
 		// It may have been loaded all the same.
 		_, settled := h.state.Settle(h.look, h.here)
 		if errors.Is(settled, firewall.ErrNoState) {
 			settled = nil
 		}
-		return res, errors.Join(err, settled)
+		return res, r, errors.Join(err, settled)
 	}
 	if len(res.Changed) == 0 {
 		res.Changed = again.Changed
@@ -148,9 +180,9 @@ func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources) (
 	res.Generation = again.Generation
 	if err := h.state.Commit(res.Generation.ID); err != nil {
 		printf(e.stderr, "deadlight: warning: the policy is in force, but not yet recorded as applied: the next apply will do that\n")
-		return res, err
+		return res, r, err
 	}
-	return res, nil
+	return res, r, nil
 }
 
 // applyHere loads a ruleset into the network namespace of the calling thread and

@@ -115,8 +115,8 @@ type booting struct {
 	host *bootState
 	file string
 
-	good, next *firewall.Record // nil: none, or unreadable
-	goodErr    error            // why good is nil
+	good, next, pending *firewall.Record // nil: none, or unreadable
+	goodErr             error            // why good is nil
 
 	readable []*rules.Policy // best first: whose [failsafe] counts
 	locked   *rules.Policy   // the lock-down
@@ -131,6 +131,7 @@ func (b *booting) recall() {
 	b.good, b.goodErr = b.host.state.Good()
 	// What was being applied matters where it can be read.
 	b.next, _ = b.host.state.Next()
+	b.pending, _ = b.host.state.PendingIndex()
 	if b.good != nil {
 		b.host.conn.Known = b.host.state.Known(b.good)
 	}
@@ -217,13 +218,13 @@ func invalid(problems []rules.Problem) error {
 }
 
 // unconfirmed reports whether the host went down while this very policy was
-// being applied over another: then a boot goes back to that.
+// being applied over another, or was on trial: then a boot goes back to that.
 func (b *booting) unconfirmed(from *sources) bool {
-	if b.next == nil || b.good == nil {
+	list := from.list()
+	if b.good == nil || sameSources(list, b.good.Sources) {
 		return false
 	}
-	list := from.list()
-	return !sameSources(list, b.good.Sources) && sameSources(list, b.next.Sources)
+	return b.next != nil && sameSources(list, b.next.Sources) || b.pending != nil && sameSources(list, b.pending.Sources)
 }
 
 func sameSources(a, b []firewall.Source) bool {
@@ -235,7 +236,7 @@ func sameSources(a, b []firewall.Source) bool {
 // newest is the newest time that the state knows: no boot is earlier.
 func (b *booting) newest() time.Time {
 	var t time.Time
-	for _, r := range []*firewall.Record{b.good, b.next} {
+	for _, r := range []*firewall.Record{b.good, b.next, b.pending} {
 		if r != nil && r.Applied.After(t) {
 			t = r.Applied
 		}

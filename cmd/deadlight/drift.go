@@ -81,6 +81,7 @@ type driftJSON struct {
 	By         *byJSON      `json:"by,omitempty"`       // who is known to have changed the table last
 	Since      uint32       `json:"generations_since"`  // changes to any table since the apply
 	Files      []fileJSON   `json:"files"`              // that are not as they were applied
+	Pending    *pendingJSON `json:"pending,omitempty"`  // a policy on trial
 	// Interference is what bears on the policy from outside its table since then.
 	Interference []interferenceJSON `json:"interference"`
 }
@@ -145,7 +146,13 @@ func driftHere(dir string, samples int) (_ *driftJSON, err error) {
 			}
 		}
 	}
-	d.Files = append(d.Files, changedFiles(last)...)
+	var judges *firewall.Record
+	if d.Pending, judges, err = h.pending(last, is); err != nil {
+		return nil, err
+	}
+	if judges != nil {
+		d.Files = append(d.Files, changedFiles(judges)...)
+	}
 	if d.Interference, err = h.newBeside(last); err != nil {
 		return nil, err
 	}
@@ -227,7 +234,9 @@ func (d *driftJSON) print(w io.Writer) {
 	when := d.Applied.Local().Format(time.DateTime)
 	if !d.Drift {
 		printf(w, "No drift: the kernel holds what was applied at %s from %s, generation %d\n", when, oneLine(d.Policy), d.Generation)
-		return
+	}
+	if d.Pending != nil {
+		printf(w, "%s\n", oneLine(d.Pending.text()))
 	}
 	switch {
 	case len(d.Changes) > 0 && !d.Loaded && d.Rebooted:

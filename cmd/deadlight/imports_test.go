@@ -54,8 +54,8 @@ func importBans() []importBan {
 		reason:  "one package writes the host's rules; the tripwire has a table of its own",
 	}, {
 		imports: []string{"os/exec"},
-		except:  []string{"verify/isolate.go", "verify/world.go"},
-		reason:  "no program is started but ourselves in a throw-away world, and the command of a try there",
+		except:  []string{"verify/isolate.go", "verify/world.go", "cmd/deadlight/cleaner.go"},
+		reason:  "no program is started but ourselves in a throw-away world, the command of a try there, and what clears up behind a trial: ourselves, by systemd-run if need be",
 	}, {
 		imports: []string{"net", "net/http", "net/rpc", "net/textproto", "net/mail", "net/smtp", "os", "syscall", "math/rand",
 			"crypto/rand", "golang.org/x/sys", "golang.org/x/net", "github.com/vishvananda", "github.com/mdlayher"},

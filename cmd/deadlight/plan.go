@@ -204,6 +204,25 @@ func (h *host) lastApplied(p *planJSON) (*firewall.Record, *rules.Ruleset, error
 		p.Notes = append(p.Notes, "the state in "+h.state.Dir()+" is of another network namespace and was not used")
 		return nil, nil, nil
 	}
+	if last.OnTrial() {
+		is, err := h.look()
+		if err != nil {
+			return nil, nil, err
+		}
+		pending, judges, err := h.pending(last, is)
+		if err != nil {
+			return nil, nil, err
+		}
+		if pending.Running {
+			return nil, nil, stillOnTrial(last, pending.Deadline)
+		}
+		p.Notes = append(p.Notes, pending.text()+"; apply clears up behind it first")
+		if judges == nil {
+			return nil, nil, nil
+		}
+		judges.Snapshot, judges.Generation = last.Snapshot, last.Generation // of the table that is still there
+		last = judges
+	}
 	old, err := h.state.Compile(last)
 	if errors.Is(err, firewall.ErrStateDamaged) || errors.Is(err, firewall.ErrStateVersion) {
 		p.Notes = append(p.Notes, "the policy that was last applied cannot be read: "+err.Error())

@@ -26,7 +26,8 @@ func newRootCommand(e env) *cobra.Command {
 and proves it from outside.
 
 Exit codes: 0 as the policy says, 1 findings, 2 usage or policy error (nothing
-touched), 3 refused or could not tell (ruleset as before), 130 interrupted.`,
+touched), 3 refused or could not tell (ruleset as before), 4 applied, then rolled
+back, 130 interrupted.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {
 				return usageError("deadlight --help lists the commands", "unknown command %q", args[0])
@@ -53,7 +54,7 @@ touched), 3 refused or could not tell (ruleset as before), 130 interrupted.`,
 	root.AddCommand(
 		newCheckCommand(e), newExplainCommand(e), newShowCommand(e),
 		newTryCommand(e),
-		newPlanCommand(e), newApplyCommand(e), newRemoveCommand(e),
+		newPlanCommand(e), newApplyCommand(e), newConfirmCommand(e), newRollbackCommand(e), newRemoveCommand(e), newCleanerCommand(e),
 		newStatusCommand(e), newDriftCommand(e), newWatchCommand(e), newVerifyCommand(e),
 		newVersionCommand(e),
 		newPolicyTopic(),

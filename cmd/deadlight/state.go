@@ -130,6 +130,10 @@ func (h *host) newRecord(file string, rs *rules.Ruleset, from *sources) (*firewa
 	}, nil
 }
 
+func sameSource(x, y firewall.Source) bool {
+	return x.Name == y.Name && x.SHA256 == y.SHA256 && x.Absent == y.Absent
+}
+
 // beside lists what in the kernel bears on a policy from outside its table.
 func (h *host) beside(rs *rules.Ruleset) ([]firewall.Interference, error) {
 	list, err := h.conn.Interference(rs, firewall.HostFiles{})
@@ -138,12 +142,9 @@ func (h *host) beside(rs *rules.Ruleset) ([]firewall.Interference, error) {
 
 // sameRecord reports whether both say the same of policy and table.
 func sameRecord(a, b *firewall.Record) bool {
-	same := func(x, y firewall.Source) bool {
-		return x.Name == y.Name && x.SHA256 == y.SHA256 && x.Absent == y.Absent
-	}
 	sameGlob := func(x, y firewall.Glob) bool { return x.Pattern == y.Pattern && slices.Equal(x.Names, y.Names) }
 	return a.Policy == b.Policy && a.By == b.By && a.Namespace.Is(b.Namespace) &&
-		slices.Equal(a.Beside, b.Beside) && slices.EqualFunc(a.Sources, b.Sources, same) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
+		slices.Equal(a.Beside, b.Beside) && slices.EqualFunc(a.Sources, b.Sources, sameSource) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
 		len(firewall.Diff(a.Snapshot, b.Snapshot)) == 0
 }
 
@@ -161,7 +162,10 @@ func (h *host) lastActor(r *firewall.Record) (*byJSON, error) {
 // hostError says what an error of the kernel or of the state means for people.
 func hostError(err error, again string) error {
 	var s *firewall.StateError
+	var x *exitError
 	switch {
+	case errors.As(err, &x): // it is said for people already
+		return err
 	case !errors.As(err, &s):
 		return kernelError(err, again)
 	case errors.Is(err, fs.ErrPermission) && s.Hint == "":

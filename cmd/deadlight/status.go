@@ -79,6 +79,9 @@ type policyStatusJSON struct {
 	File    string     `json:"file,omitempty"`
 	Applied *time.Time `json:"applied,omitempty"`
 	Changed []fileJSON `json:"changed"` // files that are not as they were applied
+	// Pending is a policy on trial: File is what the kernel judges by.
+	Pending *pendingJSON   `json:"pending,omitempty"`
+	Back    *firewall.Back `json:"back,omitempty"` // the last trial that came back to this
 }
 
 // kernelStatusJSON is what the kernel holds.
@@ -162,12 +165,19 @@ func (s *statusJSON) applied(h *host) (*rules.Ruleset, error) {
 		s.Notes = append(s.Notes, "the state in "+h.state.Dir()+" is of another network namespace and was not used")
 		return nil, s.uncompared(h)
 	}
-	s.Policy.State, s.Policy.File, s.Policy.Applied = policyApplied, last.Policy, &last.Applied
-	s.Policy.Changed = append(s.Policy.Changed, changedFiles(last)...)
 	h.conn.Known = h.state.Known(last)
 	is, changes, err := h.conn.Check(last.Snapshot, firewall.Samples)
 	if err != nil {
 		return nil, err
+	}
+	pending, judges, err := h.pending(last, is)
+	if err != nil {
+		return nil, err
+	}
+	s.Policy.State, s.Policy.Pending = policyNone, pending
+	if judges != nil {
+		s.Policy.State, s.Policy.File, s.Policy.Applied, s.Policy.Back = policyApplied, judges.Policy, &judges.Applied, judges.Back
+		s.Policy.Changed = append(s.Policy.Changed, changedFiles(judges)...)
 	}
 	s.Kernel = kernelStatusJSON{Table: tableEqual, Generation: is.Generation.ID, Rebooted: last.Namespace.Gone(h.here)}
 	switch {
@@ -184,7 +194,10 @@ func (s *statusJSON) applied(h *host) (*rules.Ruleset, error) {
 			return nil, err
 		}
 	}
-	rs, err := h.state.Compile(last)
+	if judges == nil {
+		return nil, nil
+	}
+	rs, err := h.state.Compile(judges)
 	if errors.Is(err, firewall.ErrStateDamaged) || errors.Is(err, firewall.ErrStateVersion) {
 		s.Notes = append(s.Notes, "the policy that was last applied cannot be read: "+err.Error())
 		return nil, nil
@@ -261,6 +274,14 @@ func (s *statusJSON) print(w io.Writer) {
 		printf(w, "policy    no state: nothing was applied here, or it is not known\n")
 	default:
 		printf(w, "policy    not known\n")
+	}
+	switch b := s.Policy.Back; {
+	case s.Policy.Pending != nil:
+		printf(w, "          %s\n", oneLine(s.Policy.Pending.text()))
+	case b != nil && !b.Asked:
+		printf(w, "          %s was on trial until %s, and was not confirmed\n", oneLine(b.Policy), clock(b.At))
+	case b != nil:
+		printf(w, "          %s was on trial until %s, and was rolled back\n", oneLine(b.Policy), clock(b.At))
 	}
 	for _, f := range s.Policy.Changed {
 		printf(w, "          %s: %s since\n", oneLine(f.Name), f.Why)

@@ -29,6 +29,7 @@ const (
 	exitFindings    = 1   // something is not as the policy says
 	exitUsage       = 2   // usage or policy error, nothing touched
 	exitRefused     = 3   // refused, no permission or could not tell; ruleset as before
+	exitRolledBack  = 4   // applied, then rolled back
 	exitBug         = 70  // a bug of ours
 	exitInterrupted = 130 // Ctrl-C
 )
