@@ -18,10 +18,11 @@ func newApplyCommand(e env) *cobra.Command {
 		Use:     "apply [POLICY]",
 		GroupID: groupApply,
 		Short:   "Put a policy in force, in one transaction",
-		Long: `Replaces the table inet deadlight of this network namespace by what the policy
-compiles to, in one transaction and in place: no packet finds the host open in
-between. Then the table is read back and compared with what was meant. When
-nothing differs nothing is written.
+		Long: `Makes the table inet deadlight of this network namespace hold what the policy
+compiles to. Only what differs is written, and what packets meet changes in one
+transaction and in place: no packet finds the host open in between. Sets that
+change are loaded before it, and the old ones removed after it. Then the table is
+read back and compared with what was meant.
 
 What was applied is kept, with the text of the policy and its lists: deadlight
 drift holds the kernel against it. An apply that was killed is either undone or
@@ -61,11 +62,11 @@ the reason in one line.`,
 	c.MarkFlagsMutuallyExclusive("boot", "dry-run")
 	c.MarkFlagsMutuallyExclusive("boot", "confirm")
 	c.RunE = func(c *cobra.Command, args []string) error {
-		if c.Flags().Changed("confirm") && (f.within < shortestTrial || f.within > longestTrial) {
-			return usageError("deadlight apply --confirm 60s", "--confirm takes from 2s to 24h: %s", f.within)
-		}
 		if atBoot {
 			return boot(e, policyArg(args), *dir)
+		}
+		if c.Flags().Changed("confirm") && (f.within < shortestTrial || f.within > longestTrial) {
+			return usageError("deadlight apply --confirm 60s", "--confirm takes from 2s to 24h: %s", f.within)
 		}
 		if dry {
 			return plan(e, policyArg(args), planFlags{state: *dir})

@@ -115,9 +115,8 @@ type booting struct {
 	host *bootState
 	file string
 
-	good, next *firewall.Record // nil: none, or unreadable
-	pending    *firewall.Record // on trial when the host went down; its index alone
-	goodErr    error            // why good is nil
+	good, next, pending *firewall.Record // nil: none, or unreadable
+	goodErr             error            // why good is nil
 
 	readable []*rules.Policy // best first: whose [failsafe] counts
 	locked   *rules.Policy   // the lock-down
@@ -221,12 +220,11 @@ func invalid(problems []rules.Problem) error {
 // unconfirmed reports whether the host went down while this very policy was
 // being applied over another, or was on trial: then a boot goes back to that.
 func (b *booting) unconfirmed(from *sources) bool {
-	if b.good == nil {
+	list := from.list()
+	if b.good == nil || sameSources(list, b.good.Sources) {
 		return false
 	}
-	list := from.list()
-	is := func(r *firewall.Record) bool { return r != nil && sameSources(list, r.Sources) }
-	return !is(b.good) && (is(b.next) || is(b.pending))
+	return b.next != nil && sameSources(list, b.next.Sources) || b.pending != nil && sameSources(list, b.pending.Sources)
 }
 
 func sameSources(a, b []firewall.Source) bool { return slices.EqualFunc(a, b, sameSource) }
@@ -234,7 +232,7 @@ func sameSources(a, b []firewall.Source) bool { return slices.EqualFunc(a, b, sa
 // newest is the newest time that the state knows: no boot is earlier.
 func (b *booting) newest() time.Time {
 	var t time.Time
-	for _, r := range []*firewall.Record{b.good, b.next} {
+	for _, r := range []*firewall.Record{b.good, b.next, b.pending} {
 		if r != nil && r.Applied.After(t) {
 			t = r.Applied
 		}
