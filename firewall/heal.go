@@ -366,6 +366,7 @@ func (g *Guard) compare(ctx context.Context) {
 	fresh := g.target != target || !slices.Equal(d, g.drift)
 	if g.target != target {
 		g.ready = nil // it is of another
+		g.renew()
 	}
 	g.target, g.Stats.Drift, g.looked = target, true, true
 	if fresh || !g.touched.IsZero() {
@@ -406,11 +407,16 @@ func (g *Guard) fail(err error) {
 	}
 }
 
+// renew begins anew with another target: somebody is at the wheel again.
+func (g *Guard) renew() {
+	g.backoff.forget()
+	g.stuck, g.rest = nil, nil
+}
+
 func (g *Guard) clean(target *Target, gen Generation) {
 	g.prepare(target)
 	if g.target != target {
-		g.backoff.forget() // somebody is at the wheel again
-		g.stuck, g.rest = nil, nil
+		g.renew()
 	}
 	kind := ReportClean
 	switch {
