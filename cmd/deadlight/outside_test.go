@@ -239,16 +239,23 @@ func TestTcpdumpSeesSilence(t *testing.T) {
 	}
 }
 
-// witnessed counts the ports that lines of tcpdump show a packet to, and the
-// packets that the host sent: TIME IP SRC.PORT > DST.PORT: ...
+// witnessed counts the ports from 1000 to 2000 that lines of tcpdump show a packet
+// to, and the packets that the host sent from there: TIME IP SRC.PORT > DST.PORT: ...
+// The probes themselves may come from one of these ports.
 func witnessed(text string, host netip.Addr) (ports, answers int) {
 	in := map[string]bool{}
+	probed := func(end string) bool {
+		port, err := strconv.Atoi(strings.TrimSuffix(end[strings.LastIndexByte(end, '.')+1:], ":"))
+		return err == nil && port >= 1000 && port <= 2000
+	}
 	for _, line := range strings.Split(text, "\n") {
 		switch f := strings.Fields(line); {
 		case len(f) < 6:
 		case strings.HasPrefix(f[2], host.String()+"."):
-			answers++
-		default:
+			if probed(f[2]) {
+				answers++
+			}
+		case probed(f[4]):
 			in[f[4]] = true
 		}
 	}

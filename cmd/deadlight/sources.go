@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"deadlight/firewall"
 )
@@ -16,6 +17,8 @@ type sources struct {
 	read  map[string][]byte // nil: it is not there
 	names []string          // of read, in order; the policy first
 	globs []firewall.Glob
+	// hashed are long files, which are hashed while they are parsed.
+	hashed map[string]func() firewall.Source
 }
 
 func newSources(file string, policy []byte, g *guard) *sources {
@@ -50,14 +53,32 @@ func (s *sources) ReadFile(name string) ([]byte, error) {
 		s.names = append(s.names, name)
 	}
 	s.read[name] = b
+	if len(b) > longFile {
+		if s.hashed == nil {
+			s.hashed = map[string]func() firewall.Source{}
+		}
+		s.hashed[name] = meanwhile(func() firewall.Source { return firewall.NewSource(name, b) })
+	}
 	return b, err
+}
+
+// longFile is worth a goroutine.
+const longFile = 1 << 20
+
+// meanwhile begins something, and gives what comes of it to who asks.
+func meanwhile[T any](f func() T) func() T {
+	done := make(chan T, 1)
+	go func() { done <- f() }()
+	return sync.OnceValue(func() T { return <-done })
 }
 
 // list is what goes into the state.
 func (s *sources) list() []firewall.Source {
 	var out []firewall.Source
 	for _, name := range s.names {
-		if b := s.read[name]; b != nil {
+		if hashed := s.hashed[name]; hashed != nil {
+			out = append(out, hashed())
+		} else if b := s.read[name]; b != nil {
 			out = append(out, firewall.NewSource(name, b))
 		} else {
 			out = append(out, firewall.Source{Name: name, Absent: true})
