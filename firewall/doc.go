@@ -2,10 +2,10 @@
 // the kernel holds. It is the only package that writes the host's rules, and it
 // writes one table, `inet deadlight`, and no other.
 //
-// A change is one netlink transaction: the kernel takes all of it or nothing.
-// It replaces rules, sets and maps in place, so that the base chains stay
-// hooked and no packet finds the host open in between. Success means that the
-// table was read back and is what was meant.
+// What packets meet changes in one netlink transaction and in place: base chains
+// stay hooked, and no packet finds the host open in between. Sets that change are
+// made before it and removed after it. Success means that the table was read back
+// and is what was meant.
 //
 // What was applied is kept in a directory, whole at every instant, so that the
 // kernel can be held against it: see [State].
