@@ -103,7 +103,7 @@ func TestAddresses(t *testing.T) {
 		p := parse(t, name)
 		var ranges []rules.AddrRange
 		for _, s := range p.Sets {
-			ranges = append(ranges, s.Ranges...)
+			ranges = slices.AppendSeq(ranges, s.Ranges.All())
 		}
 		for _, o := range p.Open {
 			ranges = append(ranges, o.From.Ranges...)
@@ -218,7 +218,7 @@ func TestReferenceRestrictions(t *testing.T) {
 		sources(o.From.Ranges, false)
 		for _, name := range o.From.Sets {
 			delete(missing, "set")
-			sources(p.Set(name).Ranges, true)
+			sources(slices.Collect(p.Set(name).Ranges.All()), true)
 		}
 		for _, name := range o.Interfaces {
 			if strings.HasSuffix(name, "*") {

@@ -75,10 +75,10 @@ func BenchmarkDrift(b *testing.B) {
 		b.Run(tt.name, func(b *testing.B) {
 			_, c := inBench(b)
 			rs := tt.rs()
-			c.Known = func(set, _ string) []rules.AddrRange {
+			c.Known = func(set, _ string) *rules.Set {
 				for i := range rs.Table.Sets {
 					if s := &rs.Table.Sets[i]; s.Name == set {
-						return s.Addrs
+						return s
 					}
 				}
 				return nil

@@ -16,10 +16,10 @@ import (
 // Conn is a netlink socket in one network namespace. It is not for concurrent
 // use.
 type Conn struct {
-	// Known gives, ascending, the addresses of a large set by its name and the
-	// digest of its content, or nil: what was applied last. With it a changed list
+	// Known gives a large set by its name and the digest of its content, or nil:
+	// what was applied last. With it a changed list
 	// is sent as its changes, and a check can look elements up. It may be nil.
-	Known func(set, digest string) []rules.AddrRange
+	Known func(set, digest string) *rules.Set
 	// Hush is called before a transaction of many elements, and done after it: for
 	// whom listens, the kernel makes an event of each. It may be nil.
 	Hush func(elements int) (done func() error, err error)
@@ -41,6 +41,7 @@ type message struct {
 	// elements are encoded once, where they are sent from.
 	write func(b []byte) []byte
 	size  int
+	many  int // how many ranges write writes
 }
 
 // body gives the attributes.

@@ -3,7 +3,6 @@ package firewall
 import (
 	"encoding/binary"
 	"net/netip"
-	"slices"
 	"strings"
 	"time"
 
@@ -48,7 +47,7 @@ func (w *elementWriter) all() {
 			w.element(b[:], unix.NFT_SET_ELEM_INTERVAL_END, "", 0)
 		}
 	}
-	w.addresses(s.Addrs, s.Holds)
+	w.addresses(s.Addrs.Len(), s.Addrs.At)
 	for i, n := range s.Names {
 		prefix, wild := strings.CutSuffix(n, "*")
 		end := after(ifnameKey(n))
@@ -71,38 +70,41 @@ func (w *elementWriter) all() {
 }
 
 // rangesPerMessage ranges of IPv6 addresses, the longest, fit into one message.
-const (
-	rangesPerMessage = 1000
-	rangeBytes       = 2*12 + 8 // and two addresses
-)
+const rangesPerMessage = 1000
 
-// addresses writes ranges of a set without targets, those that wanted picks if it
-// is not nil. Of many the messages are written only when they are sent.
-func (w *elementWriter) addresses(ranges []rules.AddrRange, wanted func(rules.AddrRange) bool) {
-	write := func(w *elementWriter, ranges []rules.AddrRange) {
-		for _, r := range ranges {
-			if wanted == nil || wanted(r) {
-				w.addressRange(r)
-			}
+// addresses writes n ranges of a set without targets. Of many the messages are
+// written only when they are sent.
+func (w *elementWriter) addresses(n int, at func(i int) rules.AddrRange) {
+	if n <= rangesPerMessage {
+		for i := range n {
+			w.addressRange(at(i))
 		}
-	}
-	if len(ranges) <= rangesPerMessage {
-		write(w, ranges)
 		return
 	}
 	w.flush()
-	for part := range slices.Chunk(ranges, rangesPerMessage) {
+	size := 12 + at(0).Lo.BitLen()/8
+	if w.set.Interval {
+		size = 2*size + 8
+	}
+	for first := 0; first < n; first += rangesPerMessage {
+		end := min(first+rangesPerMessage, n)
 		later := &elementWriter{table: w.table, name: w.name, set: w.set, left: w.left}
 		w.out = append(w.out, message{
-			typ: w.typ, flags: w.flags, what: w.what + " of set " + w.name, size: len(part)*(rangeBytes+2*part[0].Lo.BitLen()/8) + 128,
+			typ: w.typ, flags: w.flags, what: w.what + " of set " + w.name, size: (end-first)*size + 128, many: end - first,
 			write: func(b []byte) []byte {
 				later.begin(b)
-				write(later, part)
+				for i := first; i < end; i++ {
+					later.addressRange(at(i))
+				}
 				later.end()
 				return later.buf
 			},
 		})
 	}
+}
+
+func (w *elementWriter) ranges(list []rules.AddrRange) {
+	w.addresses(len(list), func(i int) rules.AddrRange { return list[i] })
 }
 
 func (w *elementWriter) addressRange(r rules.AddrRange) {
@@ -203,8 +205,8 @@ func appendElement(b, key []byte, flags uint32, target string, left time.Duratio
 // ends, halved.
 func kernelCount(s *rules.Set) int {
 	n := s.Len()
-	if last := len(s.Addrs) - 1; last >= 0 && s.Interval && s.Holds(s.Addrs[last]) {
-		if _, ok := endOf(s.Addrs[last].Hi); !ok {
+	if last := s.Addrs.Len() - 1; last >= 0 && s.Interval {
+		if _, ok := endOf(s.Addrs.At(last).Hi); !ok {
 			n--
 		}
 	}

@@ -3,6 +3,7 @@ package firewall
 import (
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"os/user"
 	"strconv"
@@ -310,6 +311,13 @@ func (w *ruleWriter) add(e rules.Expr) {
 		w.match(e)
 	case rules.MatchSet:
 		w.load(e.Field)
+		if e.Bits > 0 {
+			size := uint32(4)
+			if e.Field == rules.IP6Saddr || e.Field == rules.IP6Daddr {
+				size = 16
+			}
+			w.emit(&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: size, Mask: net.CIDRMask(e.Bits, int(8*size)), Xor: make([]byte, size)})
+		}
 		w.emit(&expr.Lookup{SourceRegister: reg, SetName: w.real(e.Set), Invert: e.Not})
 	case rules.VerdictMap:
 		w.load(e.Field)

@@ -21,7 +21,7 @@ type Target struct {
 	// then says why.
 	Ruleset *rules.Ruleset
 	Reason  error
-	Known   func(set, digest string) []rules.AddrRange // as of [Conn]
+	Known   func(set, digest string) *rules.Set // as of [Conn]
 }
 
 // Applied tells a [Guard] what was last applied. It is used by one goroutine.

@@ -22,14 +22,14 @@ const manyElements = 50_000
 
 // hushed calls send, quietly if it is a matter of many elements.
 func (c *Conn) hushed(msgs []message, send func() error) error {
-	size := 0
+	many := 0
 	for _, m := range msgs {
-		size += m.size
+		many += m.many
 	}
-	if c.Hush == nil || size/rangeBytes < manyElements {
+	if c.Hush == nil || many < manyElements {
 		return send()
 	}
-	done, err := c.Hush(size / rangeBytes)
+	done, err := c.Hush(many)
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"fmt"
+	"iter"
 	"maps"
 	"math"
 	"net/netip"
@@ -121,18 +122,18 @@ func (t *trial) strangers(from *rules.Source, in string, v4 bool) []netip.Addr {
 // sources gives an address of every list that an opening names.
 func (t *trial) sources(from *rules.Source, v4 bool) []netip.Addr {
 	var out []netip.Addr
-	first := func(ranges []rules.AddrRange) {
-		for _, r := range ranges {
+	first := func(ranges iter.Seq[rules.AddrRange]) {
+		for r := range ranges {
 			if r.Lo.Is4() == v4 {
 				out = append(out, inner(r))
 				return
 			}
 		}
 	}
-	first(from.Ranges)
+	first(slices.Values(from.Ranges))
 	for _, name := range from.Sets {
 		if s := t.rs.Policy.Set(name); s != nil {
-			first(s.Ranges)
+			first(s.Ranges.All())
 		}
 	}
 	return out

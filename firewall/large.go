@@ -44,7 +44,7 @@ func (c *Conn) Check(wanted *Snapshot, samples int) (*Snapshot, []Difference, er
 			if c.Known == nil {
 				return nil
 			}
-			return &rules.Set{Name: set, Addrs: c.Known(set, wanted.sets[set].large.digest)}
+			return c.Known(set, wanted.sets[set].large.digest)
 		}
 		diff, _, err := c.differences(is, wanted, content, samples)
 		if err != nil {
@@ -62,8 +62,8 @@ func (c *Conn) Check(wanted *Snapshot, samples int) (*Snapshot, []Difference, er
 }
 
 // contentOf gives what the large sets of a table hold, as far as c.Known knows.
-func (c *Conn) contentOf(is *Snapshot) func(set string) []rules.AddrRange {
-	return func(set string) []rules.AddrRange {
+func (c *Conn) contentOf(is *Snapshot) func(set string) *rules.Set {
+	return func(set string) *rules.Set {
 		if l := is.sets[set].large; c.Known != nil && l != nil && l.digest != "" {
 			return c.Known(set, l.digest)
 		}
@@ -82,13 +82,7 @@ func (c *Conn) confirm(t *transaction) ([]Difference, error) {
 			return d, err
 		}
 		for _, r := range sample(t.delta[name].gone, applySamples) {
-			_, found := slices.BinarySearchFunc(t.sets[name].Addrs, r.Lo, func(m rules.AddrRange, a netip.Addr) int {
-				if m.Contains(a) {
-					return 0
-				}
-				return m.Lo.Compare(a)
-			})
-			if found {
+			if t.sets[name].Addrs.Contains(r.Lo) {
 				continue // another range holds it now
 			}
 			d, err := lookUp(name, []rules.AddrRange{{Lo: r.Lo, Hi: r.Lo}}, false)
@@ -113,7 +107,7 @@ func (c *Conn) differences(is, wanted *Snapshot, content func(set string) *rules
 			continue
 		}
 		set := content(name)
-		if set == nil || len(set.Addrs) == 0 {
+		if set == nil {
 			continue
 		}
 		real := is.realName(name)
@@ -132,17 +126,16 @@ func (c *Conn) differences(is, wanted *Snapshot, content func(set string) *rules
 	return out, spoiled, nil
 }
 
-// draw draws n ranges of a set; all of them when n is negative or not smaller.
+// draw draws ranges of a set, n of the whole list that it may be a part of; all of
+// them when n is negative or not smaller.
 func draw(s *rules.Set, n int) []rules.AddrRange {
-	const rare = 16 // of a small part of a long list it is cheaper to look for them
-	if s.Part == rules.Whole || n < 0 || n >= s.Len() || s.Len() < len(s.Addrs)/rare {
-		return sample(s.Ranges(), n)
+	if n < 0 || n >= s.OfList() {
+		return slices.Collect(s.Addrs.All())
 	}
-	out := make([]rules.AddrRange, 0, n)
-	for len(out) < n {
-		if r := s.Addrs[rand.IntN(len(s.Addrs))]; s.Holds(r) {
-			out = append(out, r)
-		}
+	n = (n*s.Addrs.Len() + s.OfList() - 1) / s.OfList()
+	out := make([]rules.AddrRange, n)
+	for i := range out {
+		out[i] = s.Addrs.At(rand.IntN(s.Addrs.Len()))
 	}
 	return out
 }
@@ -161,11 +154,19 @@ func sample(ranges []rules.AddrRange, n int) []rules.AddrRange {
 
 // edges looks at the one address whose range has no end for the kernel to count.
 func (c *Conn) edges(name, real string, set *setState, wanted *rules.Set) ([]Difference, error) {
-	last := wanted.Addrs[len(wanted.Addrs)-1]
-	if _, ok := endOf(last.Hi); !ok && wanted.Holds(last) || !set.is(unix.NFT_SET_INTERVAL) {
+	if !set.is(unix.NFT_SET_INTERVAL) {
 		return nil, nil
 	}
-	top, _ := netip.AddrFromSlice(bytes.Repeat([]byte{0xff}, last.Hi.BitLen()/8))
+	if n := wanted.Addrs.Len(); n > 0 {
+		if _, ok := endOf(wanted.Addrs.At(n - 1).Hi); !ok {
+			return nil, nil
+		}
+	}
+	size := 16
+	if wanted.Type == rules.TypeIPv4 {
+		size = 4
+	}
+	top, _ := netip.AddrFromSlice(bytes.Repeat([]byte{0xff}, size))
 	return c.lookUp(name, real, set, []rules.AddrRange{{Lo: top, Hi: top}}, false)
 }
 
@@ -176,7 +177,7 @@ func (c *Conn) lookUp(name, real string, set *setState, ranges []rules.AddrRange
 	w := &elementWriter{table: rules.TableName, name: real, set: &rules.Set{Name: name, Interval: set.is(unix.NFT_SET_INTERVAL)}, typ: unix.NFT_MSG_GETSETELEM}
 	for ask := range slices.Chunk(ranges, batch) {
 		w.out = nil
-		w.addresses(ask, nil)
+		w.ranges(ask)
 		w.flush()
 		i := 0
 		wrong := -1

@@ -25,8 +25,8 @@ from = "@bad"
 files = "bad.txt"
 `
 
-// listLength makes each kind of address a large set: a third of the lines each.
-const listLength = 7 * rules.LargeSet / 2
+// listLength makes each kind of address a large set: a quarter of the lines each.
+const listLength = 9 * rules.LargeSet / 2
 
 func listRuleset(t testing.TB, policy string, lines []string) *rules.Ruleset {
 	t.Helper()
@@ -38,18 +38,23 @@ func listRuleset(t testing.TB, policy string, lines []string) *rules.Ruleset {
 	return rules.Compile(p)
 }
 
-// networks are n lines of a list, half of them hosts, of both families.
+// networks are n lines of a list: hosts, prefixes of a length, ranges that are no
+// prefix, and IPv6.
 func networks(n int) []string {
 	r := rand.New(rand.NewPCG(1, 2))
 	out := make([]string, n)
 	for i := range out {
 		a := uint32(i)*2048 + 1<<24
 		v4 := netip.AddrFrom4([4]byte{byte(a >> 24), byte(a >> 16), byte(a >> 8), byte(a)})
-		switch r.IntN(3) {
+		switch r.IntN(4) {
 		case 0:
 			out[i] = v4.String()
 		case 1:
-			out[i] = fmt.Sprintf("%s/%d", v4, 24+r.IntN(8))
+			out[i] = fmt.Sprintf("%s/28", v4)
+		case 2:
+			last := v4.As4()
+			last[3] += 2 + byte(r.IntN(100))*2
+			out[i] = fmt.Sprintf("%s-%s", v4, netip.AddrFrom4(last))
 		default:
 			out[i] = fmt.Sprintf("2001:db8:%x:%x::/64", i>>8, i&0xff*2)
 		}
@@ -58,11 +63,11 @@ func networks(n int) []string {
 }
 
 // knownFrom makes c.Known answer from a ruleset, as the state does.
-func knownFrom(rs *rules.Ruleset) func(set, digest string) []rules.AddrRange {
-	return func(name, digest string) []rules.AddrRange {
+func knownFrom(rs *rules.Ruleset) func(set, digest string) *rules.Set {
+	return func(name, digest string) *rules.Set {
 		for i := range rs.Table.Sets {
 			if s := &rs.Table.Sets[i]; s.Name == name && s.Digest() == digest {
-				return s.Ranges()
+				return s
 			}
 		}
 		return nil
@@ -94,12 +99,13 @@ func TestLargeSetChangesInPlace(t *testing.T) {
 		c := dial(t)
 		lines := networks(listLength)
 		rs := listRuleset(t, listPolicy, lines)
-		if n := len(largeSets(rs)); n < 3 {
-			t.Fatalf("%d large sets, want hosts, networks and IPv6", n)
+		if n := len(largeSets(rs)); n < 4 {
+			t.Fatalf("%d large sets, want hosts, prefixes, ranges and IPv6", n)
 		}
 		mustApply(t, c, rs)
 		changed := slices.Clone(lines)
 		changed[7], changed[len(changed)-1] = "203.0.113.0/30", "203.0.113.77"
+		changed[8], changed[9] = "203.0.113.128/28", "2001:db8:fffe::/64"
 		changed = append(changed, "2001:db8:ffff::/48", "255.255.255.255", "0.0.0.0/16")
 		changed = slices.Delete(changed, 100, 110)
 		next := listRuleset(t, listPolicy, changed)
@@ -173,7 +179,7 @@ func TestOnlyWhatChangedIsSent(t *testing.T) {
 			t.Errorf("a line more is %d bytes", n)
 		}
 		everythingElse := size(listRuleset(t, listPolicy, networks(listLength)[listLength/2:]))
-		if everythingElse < 1<<20 {
+		if everythingElse < 1<<19 {
 			t.Errorf("another list is %d bytes", everythingElse)
 		}
 	})
@@ -199,17 +205,19 @@ func TestUnchangedRulesKeepTheirHandles(t *testing.T) {
 func TestLargeSetTampering(t *testing.T) {
 	lines := networks(listLength)
 	rs := listRuleset(t, listPolicy, lines)
-	var nets, hosts *rules.Set
+	var nets, prefixes, hosts *rules.Set
 	for _, s := range largeSets(rs) {
 		switch {
 		case s.Type == rules.TypeIPv4 && s.Interval:
 			nets = s
+		case s.Type == rules.TypeIPv4 && s.Part == 28:
+			prefixes = s
 		case s.Type == rules.TypeIPv4:
 			hosts = s
 		}
 	}
-	one := func(s *rules.Set) string { return rangeText(s.Ranges()[s.Len()/2]) }
-	grown := nets.Ranges()[nets.Len()/2]
+	one := func(s *rules.Set) string { return rangeText(s.Addrs.At(s.Len() / 2)) }
+	grown := nets.Addrs.At(nets.Len() / 2)
 	grown.Hi = grown.Hi.Next()
 	for name, tamper := range map[string]struct {
 		script  string
@@ -222,6 +230,8 @@ func TestLargeSetTampering(t *testing.T) {
 		"the last address":     {"add element inet deadlight " + nets.Name + " { 255.255.255.255 }", "element", nets.Name, 0},
 		"a host more":          {"add element inet deadlight " + hosts.Name + " { 198.18.0.1 }", "set", hosts.Name, 0},
 		"a host exchanged":     {"delete element inet deadlight " + hosts.Name + " { " + one(hosts) + " }; add element inet deadlight " + hosts.Name + " { 198.18.0.1 }", "element", hosts.Name, Everything},
+		"a prefix more":        {"add element inet deadlight " + prefixes.Name + " { 198.18.0.16 }", "set", prefixes.Name, 0},
+		"a prefix exchanged":   {"delete element inet deadlight " + prefixes.Name + " { " + prefixes.Addrs.At(99).Lo.String() + " }; add element inet deadlight " + prefixes.Name + " { 198.18.0.16 }", "element", prefixes.Addrs.At(99).String() + " of set " + prefixes.Name, Everything},
 		"a network exchanged":  {"delete element inet deadlight " + nets.Name + " { " + one(nets) + " }; add element inet deadlight " + nets.Name + " { 198.18.0.0/15 }", "element", nets.Name, Everything},
 		"flushed":              {"flush set inet deadlight " + nets.Name, "set", nets.Name, 0},
 		"the mark is gone":     {"flush chain inet deadlight applied", "rule", "applied", 0},

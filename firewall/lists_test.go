@@ -64,8 +64,9 @@ func TestAuthenticationHeaders(t *testing.T) {
 func TestSplitSetsInTheKernel(t *testing.T) {
 	var set strings.Builder
 	set.WriteString("[set.long]\naddresses = [\n")
-	for i := range 1100 {
-		fmt.Fprintf(&set, "\"10.%d.%d.1\", \"11.%d.%d.0/25\", \"2001:db8:a:%x::1\", \"2001:db8:b:%x::/64\",\n", i/256, i%256, i/256, i%256, i, 2*i)
+	for i := range 1100 { // single addresses, a length of prefixes, and ranges that are neither
+		fmt.Fprintf(&set, "\"10.%d.%d.1\", \"11.%d.%d.0/25\", \"12.%d.%d.1-12.%[5]d.%d.9\", \"2001:db8:a:%[7]x::1\", \"2001:db8:b:%x::/64\", \"2001:db8:c:%x::1-2001:db8:c:%[9]x::9\",\n",
+			i/256, i%256, i/256, i%256, i/256, i%256, i, 2*i, i)
 	}
 	set.WriteString("\"192.0.2.1\", \"192.0.2.2/31\", \"2001:db8::1\", \"2001:db8::2/127\"]\n")
 	w := newWire(t)
@@ -93,8 +94,8 @@ from = "@long"
 [open.rest]
 ports = 5
 `)
-	held := []string{"10.0.0.1", "10.4.75.1", "11.0.0.0", "11.0.0.127", "11.4.75.5", "2001:db8:a:1::1", "2001:db8:b:0::1", "2001:db8:b:896::ffff"}
-	others := []string{"10.0.0.2", "10.4.76.1", "11.0.0.128", "11.4.76.5", "2001:db8:a:1::2", "2001:db8:b:897::1"}
+	held := []string{"10.0.0.1", "10.4.75.1", "11.0.0.0", "11.0.0.127", "11.4.75.5", "2001:db8:a:1::1", "2001:db8:b:0::1", "2001:db8:b:896::ffff", "12.0.0.1", "12.4.75.9", "2001:db8:c:1::9"}
+	others := []string{"10.0.0.2", "10.4.76.1", "11.0.0.128", "11.4.76.5", "2001:db8:a:1::2", "2001:db8:b:897::1", "12.0.0.10", "12.4.75.0", "2001:db8:c:1::a"}
 	for _, src := range held {
 		w.expect(t, in("from "+src, w.tcp(src, 1)), out("except "+src, w.tcp(src, 2)), in("to us", w.tcp(src, 3)), in("from and to", w.tcp(src, 4)), out("blocked", w.tcp(src, 5)))
 	}
@@ -102,7 +103,8 @@ ports = 5
 		w.expect(t, out("not from "+src, w.tcp(src, 1)), in("not except "+src, w.tcp(src, 2)), out("only to us", w.tcp(src, 4)), in("not blocked", w.tcp(src, 5)))
 	}
 	printed := w.run("", "nft", "list", "table", "inet", "deadlight")
-	for _, name := range []string{"set set_long_4 {", "set set_long_4_hosts {", "set set_long_6 {", "set set_long_6_hosts {", "size 2048"} {
+	for _, name := range []string{"set set_long_4 {", "set set_long_4_net25 {", "set set_long_4_hosts {", "set set_long_6 {", "set set_long_6_net64 {", "set set_long_6_hosts {", "ip saddr & 255.255.255.128 == @set_long_4_net25",
+		"ip6 daddr & ffff:ffff:ffff:ffff:: != @set_long_6_net64", "size 2048"} {
 		if !strings.Contains(printed, name) {
 			t.Errorf("no %q in the kernel", name)
 		}

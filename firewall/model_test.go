@@ -246,7 +246,7 @@ func newModel(w *wire, rs *rules.Ruleset, r *rand.Rand) *model {
 		note(&p.Block[i].Traffic)
 	}
 	for i := range p.Sets {
-		ranges = append(ranges, p.Sets[i].Ranges...)
+		ranges = slices.AppendSeq(ranges, p.Sets[i].Ranges.All())
 	}
 	for _, proto := range []rules.Protocol{rules.TCP, rules.UDP, rules.SCTP} {
 		m.ports[proto] = append(m.ports[proto], 1, 80, 7777, 65535)

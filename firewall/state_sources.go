@@ -65,9 +65,9 @@ func (s *State) Compile(r *Record) (*rules.Ruleset, error) {
 // Known gives a [Conn] the large sets of a record, compiled when one is asked
 // for. What cannot be compiled any more is not known: then all of a set is sent,
 // and none of it is looked up.
-func (s *State) Known(r *Record) func(set, digest string) []rules.AddrRange {
-	var known func(set, digest string) []rules.AddrRange
-	return func(set, digest string) []rules.AddrRange {
+func (s *State) Known(r *Record) func(set, digest string) *rules.Set {
+	var known func(set, digest string) *rules.Set
+	return func(set, digest string) *rules.Set {
 		if known == nil {
 			table := &rules.Table{}
 			if rs, err := s.Loaded(r); err == nil {
@@ -80,9 +80,9 @@ func (s *State) Known(r *Record) func(set, digest string) []rules.AddrRange {
 }
 
 // KnownIn gives a [Conn] the large sets of a table.
-func KnownIn(table *rules.Table) func(set, digest string) []rules.AddrRange {
+func KnownIn(table *rules.Table) func(set, digest string) *rules.Set {
 	digests := map[string]string{}
-	return func(set, digest string) []rules.AddrRange {
+	return func(set, digest string) *rules.Set {
 		for i := range table.Sets {
 			s := &table.Sets[i]
 			if s.Name != set {
@@ -92,7 +92,7 @@ func KnownIn(table *rules.Table) func(set, digest string) []rules.AddrRange {
 				digests[set] = s.Digest()
 			}
 			if digests[set] == digest {
-				return s.Ranges()
+				return s
 			}
 		}
 		return nil

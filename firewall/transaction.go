@@ -31,7 +31,7 @@ type transaction struct {
 	// else, or where there is none.
 	afresh bool
 	// known gives what a large set holds now; nil when nobody knows.
-	known func(set string) []rules.AddrRange
+	known func(set string) *rules.Set
 	// spoiled are the large sets that do not hold what their mark says.
 	spoiled map[string]bool
 
@@ -145,7 +145,7 @@ func (t *transaction) additions(s *steps) error {
 			s.change = append(s.change, encodeSet(t.table, t.real[name], set.set))
 		case d != nil:
 			w := t.writer(set.set, unix.NFT_MSG_NEWSETELEM)
-			w.addresses(d.missing, nil)
+			w.ranges(d.missing)
 			w.flush()
 			s.change = append(s.change, w.out...)
 		}
@@ -212,18 +212,20 @@ func (t *transaction) decide(inPlace bool) {
 }
 
 // moreThanLists reports whether a list would change in place beside something
-// else, or its ranges take over from the single addresses beside them.
+// else, or one of its parts take over what another held.
 func (t *transaction) moreThanLists() bool {
 	base := ""
 	for name, d := range t.delta {
 		// The two families and the single addresses of one list.
-		list := strings.TrimRight(strings.TrimSuffix(name, "_hosts"), "46")
+		list := strings.TrimRight(rules.SplitName(name), "46")
 		if base != "" && base != list {
 			return true
 		}
 		base = list
-		if hosts := t.delta[name+"_hosts"]; hosts != nil && (overlap(d.missing, hosts.gone) || overlap(d.gone, hosts.missing)) {
-			return true
+		for other, o := range t.delta {
+			if other != name && rules.SplitName(other) == rules.SplitName(name) && overlap(d.missing, o.gone) {
+				return true
+			}
 		}
 	}
 	for name := range t.newSet {
@@ -298,11 +300,11 @@ func (t *transaction) keepsLarge(name string, is, wanted *setState, inPlace bool
 	if !inPlace {
 		return false
 	}
-	old := t.known(name)
-	if old == nil || is.large.count >= 0 && is.large.count != kernelCount(&rules.Set{Addrs: old, Interval: set.Interval}) {
+	known := t.known(name)
+	if known == nil || is.large.count >= 0 && is.large.count != kernelCount(known) {
 		return false
 	}
-	now := set.Ranges()
+	old, now := slices.Collect(known.Addrs.All()), slices.Collect(set.Addrs.All())
 	d := &largeDelta{}
 	d.gone, d.missing = rangeChanges(old, now)
 	if set.Interval && !apartRanges(d.gone, d.missing, old, now) {
@@ -439,7 +441,7 @@ func (t *transaction) removals(now bool) []message {
 			}
 		case now && d != nil:
 			w := t.writer(t.sets[name], unix.NFT_MSG_DELSETELEM)
-			w.addresses(d.gone, nil)
+			w.ranges(d.gone)
 			w.flush()
 			out = append(out, w.out...)
 		}

@@ -145,7 +145,7 @@ func TestTrialRestoresSets(t *testing.T) {
 		was, will := large(0), large(7)
 		c := dial(t)
 		both := []*rules.Ruleset{was, will}
-		c.Known = func(set, digest string) []rules.AddrRange {
+		c.Known = func(set, digest string) *rules.Set {
 			for _, rs := range both {
 				if got := KnownIn(&rs.Table)(set, digest); got != nil {
 					return got

@@ -33,7 +33,7 @@ const (
 // Compile turns a policy into the table that enforces it. It cannot fail: a
 // Policy is valid by construction.
 func Compile(p *Policy) *Ruleset {
-	c := &compiler{policy: p, counters: map[string]bool{}, named: map[string]*AddressSet{}, made: map[string]bool{}, split: map[string]parts{}}
+	c := &compiler{policy: p, counters: map[string]bool{}, named: map[string]*AddressSet{}, made: map[string]bool{}, split: map[string]*split{}}
 	for i := range p.Sets {
 		c.named[p.Sets[i].Name] = &p.Sets[i]
 	}
@@ -84,8 +84,8 @@ type compiler struct {
 	counters map[string]bool
 	chains   []Chain // of the rules
 	named    map[string]*AddressSet
-	made     map[string]bool  // the names that address sets have been made under
-	split    map[string]parts // of long lists, by such a name
+	made     map[string]bool   // the names that address sets have been made under
+	split    map[string]*split // of long lists, by such a name
 }
 
 // count names a counter and makes sure it exists.

@@ -16,13 +16,13 @@ import (
 type scope struct {
 	traffic    []keyRange // protocols and ports, merged and ascending
 	interfaces []string
-	sources    [][]AddrRange // each of one family, merged and ascending; of an [egress.*] the far ends
-	except     [][]AddrRange // taken from sources, likewise
-	to         [][]AddrRange // likewise; nil: every address of the host
-	owner      string        // "" is any
-	until      time.Time     // zero: forever
-	limited    bool          // by a rate or a number: it can be covered, but covers nothing
-	unsure     bool          // its addresses are not all known
+	sources    []AddrRanges // each of one family, merged and ascending; of an [egress.*] the far ends
+	except     []AddrRanges // taken from sources, likewise
+	to         []AddrRanges // likewise; nil: every address of the host
+	owner      string       // "" is any
+	until      time.Time    // zero: forever
+	limited    bool         // by a rate or a number: it can be covered, but covers nothing
+	unsure     bool         // its addresses are not all known
 }
 
 // keyRange is a range of ports of a protocol: the protocol stands in the high
@@ -90,7 +90,7 @@ func covering(scopes []scope) []int {
 			continue
 		}
 		for _, part := range s.sources {
-			sources.add(part[0].Lo, part[len(part)-1].Hi, i)
+			sources.add(part.At(0).Lo, part.At(part.Len()-1).Hi, i)
 		}
 	}
 	wide.build(cmp.Compare[uint32])
@@ -114,7 +114,7 @@ func covering(scopes []scope) []int {
 			return out[i] < 0 && left > 0
 		}
 		if wide.visit(a.traffic[0].lo, try) {
-			for _, j := range fewest(ports, a.traffic[0].lo, sources, a.sources[0][0].Lo, left) {
+			for _, j := range fewest(ports, a.traffic[0].lo, sources, a.sources[0].At(0).Lo, left) {
 				if !try(j) {
 					break
 				}
@@ -161,7 +161,7 @@ func (s *scope) covers(a *scope, left *int) bool {
 	}
 	// What s leaves out must be out of a as well.
 	for _, part := range s.except {
-		for _, r := range part {
+		for r := range part.All() {
 			if *left--; *left < 0 || overlap(a.sources, r) && !contains(a.except, r) {
 				return false
 			}
@@ -172,9 +172,9 @@ func (s *scope) covers(a *scope, left *int) bool {
 
 // coversAll reports whether every range of a lies in a range of s. It gives up
 // when its effort is spent.
-func coversAll(s, a [][]AddrRange, left *int) bool {
+func coversAll(s, a []AddrRanges, left *int) bool {
 	for _, part := range a {
-		for _, r := range part {
+		for r := range part.All() {
 			if *left -= len(s); *left < 0 || !contains(s, r) {
 				return false
 			}
@@ -184,10 +184,9 @@ func coversAll(s, a [][]AddrRange, left *int) bool {
 }
 
 // contains reports whether one of the parts holds all of r in one range.
-func contains(parts [][]AddrRange, r AddrRange) bool {
+func contains(parts []AddrRanges, r AddrRange) bool {
 	for _, part := range parts {
-		i := sort.Search(len(part), func(i int) bool { return part[i].Hi.Compare(r.Lo) >= 0 })
-		if i < len(part) && part[i].Contains(r.Lo) && part[i].Contains(r.Hi) {
+		if held, ok := part.reaching(r.Lo); ok && held.Contains(r.Lo) && held.Contains(r.Hi) {
 			return true
 		}
 	}
@@ -195,10 +194,9 @@ func contains(parts [][]AddrRange, r AddrRange) bool {
 }
 
 // overlap reports whether one of the parts holds some of r.
-func overlap(parts [][]AddrRange, r AddrRange) bool {
+func overlap(parts []AddrRanges, r AddrRange) bool {
 	for _, part := range parts {
-		i := sort.Search(len(part), func(i int) bool { return part[i].Hi.Compare(r.Lo) >= 0 })
-		if i < len(part) && part[i].Lo.Is4() == r.Lo.Is4() && part[i].Lo.Compare(r.Hi) <= 0 {
+		if held, ok := part.reaching(r.Lo); ok && held.Lo.Compare(r.Hi) <= 0 {
 			return true
 		}
 	}

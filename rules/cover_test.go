@@ -31,7 +31,7 @@ func TestCoveringProperty(t *testing.T) {
 		}
 		if rapid.Bool().Draw(t, "any") {
 			all := everywhere()
-			s.sources = [][]AddrRange{all[:1], all[1:]}
+			s.sources = []AddrRanges{RangesOf(all[0]), RangesOf(all[1])}
 			return s
 		}
 		for range rapid.IntRange(1, 2).Draw(t, "parts") {
@@ -41,7 +41,7 @@ func TestCoveringProperty(t *testing.T) {
 			if rapid.Bool().Draw(t, "v6") {
 				r = AddrRange{netip.AddrFrom16([16]byte{15: from}), netip.AddrFrom16([16]byte{15: to})}
 			}
-			s.sources = append(s.sources, []AddrRange{r})
+			s.sources = append(s.sources, RangesOf(r))
 		}
 		return s
 	})
@@ -66,12 +66,12 @@ func TestCoveringProperty(t *testing.T) {
 }
 
 func TestCovers(t *testing.T) {
-	network := func(s string) [][]AddrRange {
+	network := func(s string) []AddrRanges {
 		r, bad := parseAddresses(s)
 		if bad != nil {
 			t.Fatal(bad.summary)
 		}
-		return [][]AddrRange{{r}}
+		return []AddrRanges{RangesOf(r)}
 	}
 	tcp := func(ports ...uint16) []keyRange {
 		var out []keyRange

@@ -161,7 +161,7 @@ func (r *Ruleset) holds(s *Source, a netip.Addr) bool {
 		return true
 	}
 	for _, name := range s.Sets {
-		if inRanges(r.Policy.Set(name).Ranges, a) {
+		if r.Policy.Set(name).Ranges.Contains(a) {
 			return true
 		}
 	}

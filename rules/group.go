@@ -157,7 +157,7 @@ func (c *compiler) ruleChain(g *group, i int) {
 		}
 		if !t.To.anywhere() {
 			miss(c.outside(name+"_to", &t.To, v4)...)
-			c.addrSets(name+"_to"+familySuffix(v4), v4, ofFamily(t.To.Ranges, v4))
+			c.addrSets(name+"_to"+familySuffix(v4), RangesOf(ofFamily(t.To.Ranges, v4)...))
 		}
 		c.ownSet(name+"_except", &t.Except, v4)
 		for _, m := range c.matches(name+"_except", &t.Except, v4) {
@@ -278,81 +278,33 @@ func familySuffix(v4 bool) string {
 
 func namedSet(name string, v4 bool) string { return "set_" + name + "_" + familySuffix(v4) }
 
-// splitFrom is the number of ranges from which single addresses have a set of
-// their own: they are then looked up by hash, and come and go one by one.
-const splitFrom = 1024
-
-// parts says how many ranges of a family the kernel shall hold in which set.
-type parts struct{ wide, hosts int }
-
-// parts gives what a kernel set of this name would hold, split if it is long.
-func (c *compiler) parts(name string, ranges []AddrRange) parts {
-	if len(ranges) < splitFrom {
-		return parts{wide: len(ranges)}
-	}
-	p, ok := c.split[name]
-	if !ok {
-		for i := range ranges {
-			if ranges[i].Lo == ranges[i].Hi {
-				p.hosts++
-			}
+// lookups match an address, of a packet of a family, that is in one of the kernel
+// sets that hold ranges under a name: any of them.
+func (c *compiler) lookups(name string, field Field, ranges AddrRanges) []MatchSet {
+	var out []MatchSet
+	c.parts(name, ranges, func(s Set) {
+		m := MatchSet{Field: field, Set: s.Name}
+		if p := s.Part; p > 0 && int(p) < ranges.At(0).Lo.BitLen() {
+			m.Bits = int(p)
 		}
-		p.wide = len(ranges) - p.hosts
-		c.split[name] = p
-	}
-	return p
-}
-
-// hostsSet names the set of the single addresses of a long one. No other name of
-// ours ends like this.
-func hostsSet(name string) string { return name + "_hosts" }
-
-// names are the kernel sets that hold ranges under a name.
-func (c *compiler) names(name string, ranges []AddrRange) []string {
-	var out []string
-	p := c.parts(name, ranges)
-	if p.wide > 0 {
-		out = append(out, name)
-	}
-	if p.hosts > 0 {
-		out = append(out, hostsSet(name))
-	}
+		out = append(out, m)
+	})
 	return out
 }
 
 // addrSets makes the kernel sets that hold ranges under a name, once.
-func (c *compiler) addrSets(name string, v4 bool, ranges []AddrRange) {
-	if c.made[name] {
-		return
-	}
-	c.made[name] = true
-	t := TypeIPv6
-	if v4 {
-		t = TypeIPv4
-	}
-	p := c.parts(name, ranges)
-	if p.wide > 0 {
-		s := Set{Name: name, Type: t, Interval: true, Addrs: ranges, Part: Wide, part: p.wide}
-		if p.hosts == 0 {
-			s.Part = Whole
-			s.Interval = slices.ContainsFunc(ranges, func(r AddrRange) bool { return r.Lo != r.Hi })
-		}
-		c.sets = append(c.sets, s)
-	}
-	if p.hosts > 0 {
-		s := Set{Name: hostsSet(name), Type: t, Addrs: ranges, Part: Hosts, part: p.hosts}
-		if p.wide == 0 {
-			s.Part = Whole
-		}
-		c.sets = append(c.sets, s)
+func (c *compiler) addrSets(name string, ranges AddrRanges) {
+	if !c.made[name] {
+		c.made[name] = true
+		c.parts(name, ranges, func(s Set) { c.sets = append(c.sets, s) })
 	}
 }
 
-// namedSetNames are the kernel sets of the sets that a source names.
-func (c *compiler) namedSetNames(s *Source, v4 bool) []string {
-	var out []string
+// namedLookups are the lookups in the sets that a source names.
+func (c *compiler) namedLookups(s *Source, field Field, v4 bool) []MatchSet {
+	var out []MatchSet
 	for _, name := range s.Sets {
-		out = append(out, c.names(namedSet(name, v4), ofFamily(c.named[name].Ranges, v4))...)
+		out = append(out, c.lookups(namedSet(name, v4), field, c.named[name].Ranges.Of(v4))...)
 	}
 	return out
 }
@@ -370,14 +322,14 @@ func single(s *Source, v4 bool) (netip.Prefix, bool) {
 // addresses of a family.
 func (c *compiler) matches(own string, s *Source, v4 bool) []Expr {
 	var out []Expr
-	var sets []string
+	var sets []MatchSet
 	if p, one := single(s, v4); one {
 		out = append(out, Match{Field: saddr(v4), Prefix: p})
 	} else {
-		sets = c.names(own+familySuffix(v4), ofFamily(s.Ranges, v4))
+		sets = c.lookups(own+familySuffix(v4), saddr(v4), RangesOf(ofFamily(s.Ranges, v4)...))
 	}
-	for _, set := range append(sets, c.namedSetNames(s, v4)...) {
-		out = append(out, MatchSet{Field: saddr(v4), Set: set})
+	for _, m := range append(sets, c.namedLookups(s, saddr(v4), v4)...) {
+		out = append(out, m)
 	}
 	return out
 }
@@ -385,13 +337,14 @@ func (c *compiler) matches(own string, s *Source, v4 bool) []Expr {
 // outside matches a packet that is of a family but whose destination is not among
 // a Source's addresses.
 func (c *compiler) outside(own string, s *Source, v4 bool) []Expr {
-	sets := append(c.names(own+familySuffix(v4), ofFamily(s.Ranges, v4)), c.namedSetNames(s, v4)...)
+	sets := append(c.lookups(own+familySuffix(v4), daddr(v4), RangesOf(ofFamily(s.Ranges, v4)...)), c.namedLookups(s, daddr(v4), v4)...)
 	if len(sets) == 0 {
 		return []Expr{nfproto(v4)}
 	}
 	var out []Expr
-	for _, set := range sets {
-		out = append(out, MatchSet{Field: daddr(v4), Set: set, Not: true})
+	for _, m := range sets {
+		m.Not = true
+		out = append(out, m)
 	}
 	return out
 }
@@ -400,7 +353,7 @@ func (c *compiler) outside(own string, s *Source, v4 bool) []Expr {
 // asks for one.
 func (c *compiler) ownSet(own string, s *Source, v4 bool) {
 	if _, one := single(s, v4); !one {
-		c.addrSets(own+familySuffix(v4), v4, ofFamily(s.Ranges, v4))
+		c.addrSets(own+familySuffix(v4), RangesOf(ofFamily(s.Ranges, v4)...))
 	}
 }
 
@@ -410,7 +363,7 @@ func (c *compiler) namedSets(g *group) {
 		for _, list := range [][]string{t.From.Sets, t.Except.Sets, t.To.Sets} {
 			for _, name := range list {
 				for _, v4 := range []bool{true, false} {
-					c.addrSets(namedSet(name, v4), v4, ofFamily(c.named[name].Ranges, v4))
+					c.addrSets(namedSet(name, v4), c.named[name].Ranges.Of(v4))
 				}
 			}
 		}

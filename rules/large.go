@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
-	"net/netip"
 	"strconv"
 	"strings"
 )
@@ -15,12 +14,13 @@ import (
 // what was loaded, in its comment: unlike the comment of a set it can be replaced
 // in the transaction that changes the elements.
 
-// LargeSet is the number of ranges above which an address set is large.
+// LargeSet is the number of ranges above which a list, and each set that holds a
+// part of it, is large.
 const LargeSet = 16384
 
 // Large reports whether a set is marked with its digest rather than read back.
 func (s *Set) Large() bool {
-	return (s.Type == TypeIPv4 || s.Type == TypeIPv6) && s.Targets == nil && !s.Meter && s.Len() > LargeSet
+	return (s.Type == TypeIPv4 || s.Type == TypeIPv6) && s.Targets == nil && !s.Meter && s.OfList() > LargeSet
 }
 
 // Digest gives 32 hexadecimal digits that tell the content of a set: its type,
@@ -45,11 +45,14 @@ func (s *Set) Digest() string {
 	}
 	b = append(b, byte(s.Type), interval)
 	b = binary.BigEndian.AppendUint64(b, uint64(s.Len()))
-	for i := range s.Addrs {
-		if !s.Holds(s.Addrs[i]) {
-			continue
+	for _, r := range s.Addrs.v4 {
+		b = binary.BigEndian.AppendUint64(b, r)
+		flush(full)
+	}
+	for _, r := range s.Addrs.v6 {
+		for _, n := range [...]uint64{r.lo.high, r.lo.low, r.hi.high, r.hi.low} {
+			b = binary.BigEndian.AppendUint64(b, n)
 		}
-		b = appendAddr(appendAddr(b, s.Addrs[i].Lo), s.Addrs[i].Hi)
 		flush(full)
 	}
 	for _, p := range s.Ports {
@@ -70,15 +73,6 @@ func (s *Set) Digest() string {
 	}
 	flush(0)
 	return hex.EncodeToString(sum.Sum(nil)[:16])
-}
-
-func appendAddr(b []byte, a netip.Addr) []byte {
-	if a.Is4() {
-		n := a.As4()
-		return append(b, n[:]...)
-	}
-	n := a.As16()
-	return append(b, n[:]...)
 }
 
 // ChainApplied is the chain of the marks, see [ParseMark].
@@ -107,7 +101,7 @@ func ParseMark(comment string) (set string, n int, digest string, ok bool) {
 		return "", 0, "", false
 	}
 	n, err := strconv.Atoi(f[1])
-	if err != nil || strconv.Itoa(n) != f[1] || n <= 0 {
+	if err != nil || strconv.Itoa(n) != f[1] || n < 0 {
 		return "", 0, "", false
 	}
 	return f[0], n, f[3], true

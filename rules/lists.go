@@ -4,19 +4,90 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/binary"
+	"iter"
 	"math/bits"
 	"net/netip"
 	"slices"
+	"sort"
 	"unicode/utf8"
 )
 
 // Lists of addresses may have a million lines: what is written as it should be is
 // read byte by byte and kept as numbers until the list is whole.
 
-// addrList collects addresses.
-type addrList struct {
+// AddrRanges are ranges of addresses, ascending and disjoint, IPv4 before IPv6. The
+// zero value is empty. What holds one does not change it.
+type AddrRanges struct {
 	v4 []uint64 // the first address in the high half, the last in the low one
 	v6 []range6
+}
+
+// RangesOf gives ranges that ascend already, without an overlap.
+func RangesOf(list ...AddrRange) AddrRanges {
+	var out AddrRanges
+	for _, r := range list {
+		out.add(r)
+	}
+	return out
+}
+
+// Len counts the ranges.
+func (l AddrRanges) Len() int { return len(l.v4) + len(l.v6) }
+
+// At gives the range i.
+func (l AddrRanges) At(i int) AddrRange {
+	if i < len(l.v4) {
+		return range4(l.v4[i])
+	}
+	return l.v6[i-len(l.v4)].addresses()
+}
+
+// All iterates over the ranges.
+func (l AddrRanges) All() iter.Seq[AddrRange] {
+	return func(yield func(AddrRange) bool) {
+		for i := range l.Len() {
+			if !yield(l.At(i)) {
+				return
+			}
+		}
+	}
+}
+
+// Of gives those of a family.
+func (l AddrRanges) Of(v4 bool) AddrRanges {
+	if v4 {
+		return AddrRanges{v4: l.v4}
+	}
+	return AddrRanges{v6: l.v6}
+}
+
+// reaching gives the first range of a's family that does not end before a.
+func (l AddrRanges) reaching(a netip.Addr) (AddrRange, bool) {
+	if a.Is4() {
+		n := uint64(number4(a))
+		i := sort.Search(len(l.v4), func(i int) bool { return l.v4[i]&0xffffffff >= n })
+		if i == len(l.v4) {
+			return AddrRange{}, false
+		}
+		return range4(l.v4[i]), true
+	}
+	n := numberOf6(a)
+	i := sort.Search(len(l.v6), func(i int) bool { return l.v6[i].hi.compare(n) >= 0 })
+	if i == len(l.v6) {
+		return AddrRange{}, false
+	}
+	return l.v6[i].addresses(), true
+}
+
+// Contains reports whether an address lies in one of the ranges.
+func (l AddrRanges) Contains(a netip.Addr) bool {
+	r, ok := l.reaching(a)
+	return ok && r.Contains(a)
+}
+
+// Equal reports whether both hold the same ranges.
+func (l AddrRanges) Equal(o AddrRanges) bool {
+	return slices.Equal(l.v4, o.v4) && slices.Equal(l.v6, o.v6)
 }
 
 // range6 is a range of IPv6 addresses.
@@ -38,29 +109,22 @@ func (a number6) next() number6 {
 	return number6{a.high + carry, low}
 }
 
-func (l *addrList) add(a AddrRange) {
+func (r range6) addresses() AddrRange { return AddrRange{addr6(r.lo), addr6(r.hi)} }
+
+func packed4(r AddrRange) uint64 { return uint64(number4(r.Lo))<<32 | uint64(number4(r.Hi)) }
+
+func range4(r uint64) AddrRange { return AddrRange{addr4(uint32(r >> 32)), addr4(uint32(r))} }
+
+func (l *AddrRanges) add(a AddrRange) {
 	if a.Lo.Is4() {
-		l.v4 = append(l.v4, uint64(number4(a.Lo))<<32|uint64(number4(a.Hi)))
+		l.v4 = append(l.v4, packed4(a))
 		return
 	}
 	l.v6 = append(l.v6, range6{numberOf6(a.Lo), numberOf6(a.Hi)})
 }
 
-// ranges gives the addresses merged and ascending, IPv4 first.
-func (l *addrList) ranges() []AddrRange {
-	v4, v6 := merge4(l.v4), merge6(l.v6)
-	if len(v4)+len(v6) == 0 {
-		return nil
-	}
-	out := make([]AddrRange, len(v4)+len(v6))
-	for i, r := range v4 {
-		out[i] = AddrRange{addr4(uint32(r >> 32)), addr4(uint32(r))}
-	}
-	for i, r := range v6 {
-		out[len(v4)+i] = AddrRange{addr6(r.lo), addr6(r.hi)}
-	}
-	return out
-}
+// merge sorts and merges ranges that were added in any order, in their place.
+func (l *AddrRanges) merge() { l.v4, l.v6 = merge4(l.v4), merge6(l.v6) }
 
 // merge4 sorts and merges ranges, in their place.
 func merge4(all []uint64) []uint64 {
@@ -187,7 +251,7 @@ func numberOf6(a netip.Addr) number6 {
 const maxBadLines = 20
 
 // list reads a list of addresses: one a line, with # comments.
-func (r *reader) list(file string, src []byte, into *addrList) {
+func (r *reader) list(file string, src []byte, into *AddrRanges) {
 	src = withoutBOM(src)
 	lines := bytes.Count(src, []byte("\n")) + 1
 	into.v4 = slices.Grow(into.v4, min(lines, bytes.Count(src, []byte("."))/3))

@@ -73,7 +73,7 @@ func checkNetwork(t interface{ Fatalf(string, ...any) }, s string) {
 // A list means what its addresses mean in a policy.
 func TestAddrListProperty(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		var l addrList
+		var l AddrRanges
 		var all []AddrRange
 		for range rapid.IntRange(0, 20).Draw(t, "n") {
 			lo := rapid.SampledFrom([]uint32{0, 10, 20, 1<<32 - 30}).Draw(t, "base") + rapid.Uint32Range(0, 15).Draw(t, "lo")
@@ -94,7 +94,7 @@ func TestAddrListProperty(t *testing.T) {
 func TestLongLists(t *testing.T) {
 	for _, kind := range []string{"random", "ascending", "v6", "mixed"} {
 		list := randomList(20_000, kind)
-		var l addrList
+		var l AddrRanges
 		newReader(nil).list("l", list, &l)
 		var all []AddrRange
 		for line := range strings.Lines(string(list)) {
@@ -165,7 +165,7 @@ func TestLineEnds(t *testing.T) {
 					continue
 				}
 				r := newReader(nil)
-				var l addrList
+				var l AddrRanges
 				r.list("l", []byte(address+end+next), &l)
 				var want []AddrRange
 				for _, s := range []string{address, next} {
@@ -182,7 +182,7 @@ func TestLineEnds(t *testing.T) {
 	// What follows an address on its line is an error, with its place.
 	for _, text := range []string{"192.0.2.1x", "192.0.2.1 x", "192.0.2.1/24/24", "::1x", "::1 ::2", "2001:db8::/32,"} {
 		r := newReader(nil)
-		var l addrList
+		var l AddrRanges
 		r.list("l", []byte("192.0.2.9\n"+text), &l)
 		if p := r.problems(); len(p) != 1 || p[0].Pos.Line != 2 || len(l.ranges()) != 1 {
 			t.Errorf("%q: %v, %v", text, p, l.ranges())
@@ -197,7 +197,7 @@ func FuzzList(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, src []byte) {
 		r := newReader(nil)
-		var l addrList
+		var l AddrRanges
 		r.list("l", src, &l)
 		lines := bytes.Split(withoutBOM(src), []byte("\n"))
 		for _, p := range r.problems() {
@@ -267,7 +267,7 @@ func BenchmarkList1M(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				p, problems := Parse("p.toml", []byte(listPolicy), oneFile(list))
-				if p == nil || len(problems) > 0 || len(p.Sets[0].Ranges) < n/2 {
+				if p == nil || len(problems) > 0 || p.Sets[0].Ranges.Len() < n/2 {
 					b.Fatal(len(problems))
 				}
 				if rs := Compile(p); len(rs.Table.Sets) == 0 {
@@ -304,11 +304,17 @@ func BenchmarkParse10kRules(b *testing.B) {
 // The last line may lack its newline, and nothing may follow it in memory.
 func TestListWithoutLastNewline(t *testing.T) {
 	for _, text := range []string{"192.0.2.1", "192.0.2.0/24", "2001:db8::1", "192.0.2.1 # x", "192.0.2.1\n2001:db8::/32"} {
-		r, into := &reader{}, addrList{}
+		r, into := &reader{}, AddrRanges{}
 		src := []byte(text)
 		r.list("list.txt", src[:len(src):len(src)], &into)
 		if n := strings.Count(text, "\n") + 1; len(into.ranges()) != n || len(r.found) > 0 {
 			t.Errorf("%q: %v, %v", text, into.ranges(), r.found)
 		}
 	}
+}
+
+// ranges is the list merged.
+func (l *AddrRanges) ranges() []AddrRange {
+	l.merge()
+	return slices.Collect(l.All())
 }

@@ -145,7 +145,10 @@ func (s *Set) Elements() []string {
 	for _, p := range s.Ports {
 		out = append(out, p.String())
 	}
-	for _, a := range s.Ranges() {
+	for a := range s.Addrs.All() {
+		if !s.Interval {
+			a.Hi = a.Lo // of a prefix the key is its first address
+		}
 		out = append(out, a.String())
 	}
 	for _, n := range s.Names {
@@ -211,10 +214,15 @@ func (m Match) nft() string {
 }
 
 func (m MatchSet) nft() string {
-	if m.Not {
-		return fmt.Sprintf("%s != @%s", m.Field, m.Set)
+	left, op := m.Field.String(), ""
+	if m.Bits > 0 {
+		left += " & " + netmask(m.Field == IPSaddr || m.Field == IPDaddr, m.Bits).String()
+		op = "== " // nft writes it only here
 	}
-	return fmt.Sprintf("%s @%s", m.Field, m.Set)
+	if m.Not {
+		op = "!= "
+	}
+	return fmt.Sprintf("%s %s@%s", left, op, m.Set)
 }
 
 func (m VerdictMap) nft() string { return fmt.Sprintf("%s vmap @%s", m.Field, m.Map) }

@@ -34,6 +34,7 @@ func addrs(t *testing.T, ranges ...string) []rules.AddrRange {
 
 // comparePolicies leaves out what [rules.Policy.Expired] keeps to itself.
 var comparePolicies = cmp.Options{
+	cmp.Comparer(rules.AddrRanges.Equal),
 	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
 	cmpopts.IgnoreUnexported(rules.Policy{}),
 }
@@ -100,7 +101,7 @@ client = ["eth0"]
 			Family:     rules.IPv6,
 		}},
 	}
-	want.Sets = []rules.AddressSet{{Name: "admins", Pos: at(8, 6), Ranges: addrs(t, "198.51.100.7", "2001:db8::1")}}
+	want.Sets = []rules.AddressSet{{Name: "admins", Pos: at(8, 6), Ranges: rules.RangesOf(addrs(t, "198.51.100.7", "2001:db8::1")...)}}
 	want.Published.Interfaces = []string{"docker0"}
 	want.ICMP = rules.ICMP{Echo: false, Pos: at(18, 8)}
 	want.DHCP = rules.DHCP{Client: true, Interfaces: []string{"eth0"}, Pos: at(20, 10)}
@@ -236,7 +237,7 @@ func TestAddressesProperty(t *testing.T) {
 		if p == nil {
 			t.Fatal(problems)
 		}
-		got := p.Sets[0].Ranges
+		got := slices.Collect(p.Sets[0].Ranges.All())
 		for i, r := range got {
 			if r.Hi.Less(r.Lo) || i > 0 && (r.Lo.Compare(got[i-1].Hi) <= 0 || got[i-1].Hi.Next() == r.Lo) {
 				t.Fatalf("%v of %v", got, written)
@@ -495,7 +496,7 @@ func checkValid(t *testing.T, p *rules.Policy) {
 		traffic(o.Traffic)
 	}
 	for _, s := range p.Sets {
-		if s.Name == "" || len(s.Ranges) == 0 && len(s.Files) > 0 && s.Files[0] == "" {
+		if s.Name == "" || s.Ranges.Len() == 0 && len(s.Files) > 0 && s.Files[0] == "" {
 			t.Fatalf("set %+v", s)
 		}
 	}

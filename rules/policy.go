@@ -249,8 +249,8 @@ type Expect struct {
 type AddressSet struct {
 	Name   string
 	Pos    Pos
-	Files  []string    // that were read for it
-	Ranges []AddrRange // merged and ascending, IPv4 before IPv6; empty only if its lists are or are missing
+	Files  []string   // that were read for it
+	Ranges AddrRanges // merged; empty only if its lists are or are missing
 }
 
 // Published is the [published] table.

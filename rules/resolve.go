@@ -2,7 +2,6 @@ package rules
 
 import (
 	"fmt"
-	"slices"
 )
 
 // Names of sets become sets, and fields that cannot meet are found.
@@ -109,34 +108,28 @@ func (d *draft) families(s *Source) (v4, v6 bool) {
 		if !set.sound {
 			return true, true
 		}
-		add(set.Ranges)
+		v4 = v4 || set.Ranges.Of(true).Len() > 0
+		v6 = v6 || set.Ranges.Of(false).Len() > 0
 	}
 	return v4, v6
 }
 
 // parts gives the addresses of a source that a family has, in lists of one family
 // each; false if some of them are not known.
-func (d *draft) parts(s *Source, f Family) (parts [][]AddrRange, sure bool) {
+func (d *draft) parts(s *Source, f Family) (parts []AddrRanges, sure bool) {
 	sure = true
-	add := func(ranges []AddrRange) {
-		// IPv4 stands first, so that a family is a part of the slice.
-		split, _ := slices.BinarySearchFunc(ranges, true, func(a AddrRange, _ bool) int {
-			if a.Lo.Is4() {
-				return -1
-			}
-			return 1
-		})
-		for _, part := range [][]AddrRange{ranges[:split], ranges[split:]} {
-			if len(part) > 0 && f.Has(part[0].Lo.Is4()) {
+	add := func(ranges AddrRanges) {
+		for _, v4 := range []bool{true, false} {
+			if part := ranges.Of(v4); part.Len() > 0 && f.Has(v4) {
 				parts = append(parts, part)
 			}
 		}
 	}
 	if s.Any {
-		add(everywhere())
+		add(RangesOf(everywhere()...))
 		return parts, true
 	}
-	add(s.Ranges)
+	add(RangesOf(s.Ranges...))
 	for _, name := range s.Sets {
 		set := d.sets[name]
 		sure = sure && set.sound

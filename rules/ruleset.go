@@ -57,7 +57,7 @@ type Set struct {
 	Type     SetType
 	Interval bool        // an element may span more than one key
 	Ports    []PortRange // TypePort
-	Addrs    []AddrRange // TypeIPv4, TypeIPv6; of a split set see Part
+	Addrs    AddrRanges  // TypeIPv4, TypeIPv6; those of the Part
 	Part     Part
 	Names    []string // TypeIfname; a * at the end makes a prefix
 	Codes    []uint32 // TypeICMP, TypeICMPv6, TypeFibAddr, TypeProtocol, TypeNfproto
@@ -69,39 +69,23 @@ type Set struct {
 	Meter        bool
 	MeterTimeout time.Duration
 
-	part int // how many of Addrs are of the Part
+	list int // how many ranges the list has that Addrs is a part of
 }
 
-// Part says which of its Addrs a set holds: a long list is split between two sets
-// that share it, ranges in the one and single addresses in the other.
-type Part uint8
+// Part says what of a list a set holds: a long one is split, the prefixes of a
+// length that many have into a set each, looked up by hash once the packet's
+// address is masked, and all others into a set of ranges. A part above 0 is the
+// length of its prefixes.
+type Part int16
 
-// The parts.
+// The other parts.
 const (
-	Whole Part = iota
-	Wide       // those that span more than one address
-	Hosts      // single addresses
+	Whole Part = 0
+	Wide  Part = -1 // the ranges that are in no set of prefixes
 )
 
-// Holds reports whether one of Addrs is in the set.
-func (s *Set) Holds(r AddrRange) bool {
-	return s.Part == Whole || (r.Lo == r.Hi) == (s.Part == Hosts)
-}
-
-// Ranges gives the addresses that the set holds, ascending: Addrs, or of a split
-// set a copy.
-func (s *Set) Ranges() []AddrRange {
-	if s.Part == Whole {
-		return s.Addrs
-	}
-	out := make([]AddrRange, 0, s.part)
-	for _, r := range s.Addrs {
-		if s.Holds(r) {
-			out = append(out, r)
-		}
-	}
-	return out
-}
+// OfList counts the ranges of the list that Addrs, ranges of it, are a part of.
+func (s *Set) OfList() int { return max(s.list, s.Addrs.Len()) }
 
 // MeterSize is how many sources a meter holds. A full one admits nobody new.
 const MeterSize = 65536
@@ -114,10 +98,7 @@ type Limit struct {
 
 // Len counts the elements.
 func (s *Set) Len() int {
-	if s.Part != Whole {
-		return s.part
-	}
-	return len(s.Ports) + len(s.Addrs) + len(s.Names) + len(s.Codes)
+	return len(s.Ports) + s.Addrs.Len() + len(s.Names) + len(s.Codes)
 }
 
 // sizedFrom is the number of elements from which a hash set declares its size.
@@ -297,6 +278,8 @@ type MatchSet struct {
 	Field Field
 	Set   string
 	Not   bool
+	// Bits is the length of the prefix of an address that is looked up; 0: all of it.
+	Bits int
 }
 
 // VerdictMap looks a field up in a named verdict map and does what it says.

@@ -8,7 +8,6 @@ import (
 type setDraft struct {
 	AddressSet
 	at       span
-	addrs    addrList
 	files    []placedName
 	filesAt  span
 	optional bool
@@ -19,7 +18,7 @@ type setDraft struct {
 var setSchema = schema[setDraft]{
 	{name: "addresses", also: []string{"ip", "ips", "hosts", "members", "elements", "networks", "from"}, read: func(r *reader, v named, s *setDraft) {
 		r.addresses(v, "name at least one address, or remove the set", func(a AddrRange, _ span) {
-			s.addrs.add(a)
+			s.Ranges.add(a)
 		}, func(name string, at span) {
 			r.errorf(at, "list its addresses here, or name both sets in from", "a set cannot hold another set: %s", quote("@"+name))
 		})
@@ -45,9 +44,8 @@ func (d *draft) readSets(r *reader) {
 			r.warnf(f.key, "remove optional", "optional means nothing without files in %s", title)
 		}
 		whole := s.readLists(r, d)
-		s.Ranges = s.addrs.ranges()
-		s.addrs = addrList{}
-		if len(s.Ranges) == 0 && whole && r.errors == before {
+		s.Ranges.merge()
+		if s.Ranges.Len() == 0 && whole && r.errors == before {
 			r.warnf(s.filesAt, "", "set %s is empty: its lists hold no address", quote(f.name))
 		}
 		s.sound = r.errors == before
@@ -95,7 +93,7 @@ func (s *setDraft) readLists(r *reader, d *draft) bool {
 			}
 			s.Files = append(s.Files, shown)
 			d.noteFile(shown)
-			r.list(shown, src, &s.addrs)
+			r.list(shown, src, &s.Ranges)
 		}
 	}
 	return whole

@@ -147,5 +147,5 @@ func (s *Set) same(o *Set) bool {
 	return s.Type == o.Type && s.Interval == o.Interval && s.Part == o.Part && (s.Targets == nil) == (o.Targets == nil) &&
 		s.Until.Equal(o.Until) && s.Meter == o.Meter && s.MeterTimeout == o.MeterTimeout && s.Size() == o.Size() &&
 		slices.Equal(s.Ports, o.Ports) && slices.Equal(s.Names, o.Names) && slices.Equal(s.Codes, o.Codes) &&
-		slices.Equal(s.Targets, o.Targets) && slices.Equal(s.Addrs, o.Addrs)
+		slices.Equal(s.Targets, o.Targets) && s.Addrs.Equal(o.Addrs)
 }

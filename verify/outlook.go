@@ -122,7 +122,7 @@ func (b *outlookBuilder) addresses(candidates []netip.Addr) (host, outside netip
 			return slices.ContainsFunc(ranges, func(r rules.AddrRange) bool { return r.Contains(a) })
 		}
 		for _, s := range b.rs.Policy.Sets {
-			if in(s.Ranges) {
+			if s.Ranges.Contains(a) {
 				return true
 			}
 		}
@@ -200,7 +200,7 @@ func (b *outlookBuilder) destinations(t *rules.Traffic) {
 func (b *outlookBuilder) ranges(s *rules.Source) []rules.AddrRange {
 	out := slices.Clone(s.Ranges)
 	for _, name := range s.Sets {
-		out = append(out, b.rs.Policy.Set(name).Ranges...)
+		out = slices.AppendSeq(out, b.rs.Policy.Set(name).Ranges.All())
 	}
 	return out
 }

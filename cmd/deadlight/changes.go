@@ -82,7 +82,7 @@ func rulesOf(rs *rules.Ruleset) []written {
 	}
 	for i := range p.Sets {
 		s := &p.Sets[i]
-		out = append(out, written{"set " + s.Name, plural(len(s.Ranges), "range") + " of addresses", s.Pos})
+		out = append(out, written{"set " + s.Name, plural(s.Ranges.Len(), "range") + " of addresses", s.Pos})
 	}
 	return out
 }
@@ -129,7 +129,7 @@ func ownerOf(name string, known map[string]bool) string {
 		if known[kind.rule+rest] && kind.rule != "set " { // of a set there is one for each family
 			return kind.rule + rest
 		}
-		rest = strings.TrimSuffix(rest, "_hosts")
+		rest = rules.SplitName(rest)
 		for _, end := range [...]string{"_from4", "_from6", "_except4", "_except6", "_to4", "_to6", "_if", "_until",
 			"_rate4", "_rate6", "_conn4", "_conn6", "_4", "_6"} {
 			if name, ok := strings.CutSuffix(rest, end); ok && known[kind.rule+name] {

@@ -64,7 +64,7 @@ func outlooks(before, after *rules.Ruleset) (was, will *outlook) {
 	}
 	for _, s := range before.Policy.Sets {
 		o := after.Policy.Set(s.Name)
-		common[s.Name] = o != nil && slices.Equal(s.Ranges, o.Ranges)
+		common[s.Name] = o != nil && s.Ranges.Equal(o.Ranges)
 	}
 	return &outlook{before, common, "before"}, &outlook{after, common, "after"}
 }
@@ -82,7 +82,7 @@ func (o *outlook) ofFamily(s rules.Source, v4 bool) rules.Source {
 	}
 	out := rules.Source{Any: s.Any, Ranges: in(s.Ranges)}
 	for _, name := range s.Sets {
-		if set := o.rs.Policy.Set(name); set != nil && slices.ContainsFunc(set.Ranges, func(r rules.AddrRange) bool { return r.Lo.Is4() == v4 }) {
+		if set := o.rs.Policy.Set(name); set != nil && set.Ranges.Of(v4).Len() > 0 {
 			out.Sets = append(out.Sets, name)
 		}
 	}
@@ -439,13 +439,13 @@ func changedSets(was, will *outlook) string {
 }
 
 // missing counts the ranges of a that are not in b; both ascend.
-func missing(a, b []rules.AddrRange) int {
+func missing(a, b rules.AddrRanges) int {
 	n, k := 0, 0
-	for _, r := range a {
-		for k < len(b) && b[k].Lo.Compare(r.Lo) < 0 {
+	for r := range a.All() {
+		for k < b.Len() && b.At(k).Lo.Compare(r.Lo) < 0 {
 			k++
 		}
-		if k == len(b) || b[k] != r {
+		if k == b.Len() || b.At(k) != r {
 			n++
 		}
 	}
