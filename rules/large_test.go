@@ -115,6 +115,10 @@ func TestLongSetsOfOneKind(t *testing.T) {
 		if strings.Join(got, " ") != want {
 			t.Errorf("sets %v, want %s", got, want)
 		}
+		var text strings.Builder
+		if err := Compile(p).Table.WriteNFT(&text, goldenTime); err != nil || strings.Contains(text.String(), "{ }") {
+			t.Errorf("nft refuses an empty list of elements (%v)", err)
+		}
 	}
 }
 

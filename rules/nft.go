@@ -75,7 +75,7 @@ func (s *Set) write(b *bufio.Writer, now time.Time) {
 	if s.MeterTimeout > 0 {
 		fmt.Fprintf(b, "\t\ttimeout %ds\n", seconds(s.MeterTimeout))
 	}
-	if left := s.Left(now); !s.Meter && left != 0 {
+	if left := s.Left(now); s.Len() > 0 && left != 0 {
 		s.writeElements(b, left)
 	}
 	fmt.Fprintf(b, "\t}\n")
