@@ -97,6 +97,24 @@ journalctl -b -q -o cat _SYSTEMD_UNIT=deadlight-verify.service >/report/verify`,
 		answers: []string{listed},
 		unit:    "active", says: []string{loaded},
 	}, {
+		name: "trial that nobody confirms",
+		// The new policy holds for a while; then a timer of systemd clears up.
+		then: `
+sed 's/ports = 80/ports = [80, 8080]/' /etc/deadlight/policy.toml >/etc/deadlight/next.toml
+deadlight apply /etc/deadlight/next.toml --confirm 5s --no-wait
+systemctl list-units --all --plain --no-legend 'deadlight-trial-*.timer' | sed 's/^/while: /' >/report/trial
+grep -la '[e]nd-trial' /proc/[0-9]*/cmdline | sed 's/^/process: /' >>/report/trial
+probe
+for i in $(seq 100); do
+	systemctl list-units --all --plain --no-legend 'deadlight-trial-*' | grep -q . || break
+	sleep 0.2
+done
+systemctl list-units --all --plain --no-legend 'deadlight-trial-*' | sed 's/^/after: /' >>/report/trial
+deadlight plan /etc/deadlight/policy.toml >/dev/null && echo clean >>/report/trial
+deadlight drift || touch /report/drift`,
+		answers: []string{listed, unlisted},
+		unit:    "active", says: []string{loaded},
+	}, {
 		name:    "other firewalls that flush every table",
 		prepare: m.flushers,
 		answers: []string{listed},
@@ -201,6 +219,12 @@ journalctl -b -q -o cat _SYSTEMD_UNIT=deadlight-verify.service >/report/verify`,
 			}
 			if m.has("report/drift") {
 				t.Error("drift after the boot")
+			}
+			if strings.Contains(c.then, "--confirm") {
+				trial, err := os.ReadFile(m.path("report/trial"))
+				if err != nil || !regexp.MustCompile(`^while: deadlight-trial-\S+\.timer .*\nclean\n$`).Match(trial) {
+					t.Errorf("the end of the trial: %v\n%s", err, trial)
+				}
 			}
 			if strings.Contains(c.then, "deadlight-verify") {
 				report, err := os.ReadFile(m.path("report/verify"))
