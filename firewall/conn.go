@@ -386,6 +386,9 @@ func (c *Conn) transact(generation uint32, msgs []message) error {
 	for _, m := range msgs {
 		size += headers + (len(m.attrs)+m.size+3)&^3
 	}
+	if size > 1<<20 {
+		runtime.GC() // what came before makes room for a long list
+	}
 	b := make([]byte, 0, size)
 	b = c.append(b, unix.NFNL_MSG_BATCH_BEGIN, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES,
 		attr(nil, nfnlBatchGenID, binary.BigEndian.AppendUint32(nil, generation)))

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -94,6 +95,9 @@ func parseGuarded(file string, g *guard) (rs *rules.Ruleset, problems []rules.Pr
 	p, problems := rules.Parse(file, src, from)
 	if p == nil {
 		return nil, problems, nil, nil
+	}
+	if from.hashed != nil {
+		runtime.GC() // what reading a long list left behind makes room for compiling it
 	}
 	return rules.Compile(p), inFileOrder(append(problems, p.Expired(time.Now())...)), from, nil
 }
