@@ -41,6 +41,8 @@ type Report struct {
 	Listeners *Listening `json:"listeners,omitempty"`
 	// Notes tell what the verdict does not cover.
 	Notes []string `json:"notes"`
+	// Since is what changed from an older report, where one was given.
+	Since *Since `json:"since,omitempty"`
 
 	ports int  // judged in sweeps
 	exact bool // the tripwire saw every probe arrive
@@ -417,6 +419,9 @@ func (r *Report) WriteText(w io.Writer) error {
 	for _, n := range r.Notes {
 		fmt.Fprintf(&b, "  note %s\n", n)
 	}
+	if r.Since != nil {
+		r.Since.write(&b)
+	}
 	r.conclusion(&b)
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -425,17 +430,44 @@ func (r *Report) WriteText(w io.Writer) error {
 // mostFindings bounds the lines of the text; the JSON has them all.
 const mostFindings = 40
 
-// findings folds what differs only in port, source or family into one line.
-func (r *Report) findings(b *strings.Builder) {
-	type line struct {
-		kind    string // all that must be equal
-		first   Finding
-		ports   []uint16
-		sources []string
+// foldedFinding is findings that differ only in port, source or family.
+type foldedFinding struct {
+	kind    string // all that must be equal
+	first   Finding
+	ports   []uint16
+	sources []string
+}
+
+// ends gives the ports as text and, at most two of them, the sources.
+func (l *foldedFinding) ends() (ports, from string) {
+	f := l.first
+	if len(l.sources) == 1 && l.sources[0] == "" {
+		return fmt.Sprintf("%d/%s", f.Port, f.Protocol), ""
 	}
-	fold := func(in []*line, same func(*line) string, add func(to, from *line)) []*line {
-		var out []*line
-		seen := map[string]*line{}
+	sources, more := l.sources, ""
+	if n := len(sources) - 2; n > 0 {
+		sources, more = sources[:2], fmt.Sprintf(" and %d more", n)
+	}
+	from = strings.Join(sources, ", ") + more
+	if f.Interface != "" {
+		from += " by " + f.Interface
+	}
+	return shorten(Ranges(l.ports), 60) + "/" + f.Protocol, from
+}
+
+// expected is what the policy says, in words.
+func (l *foldedFinding) expected() string {
+	if l.first.Reason == PassedGate.String() {
+		return l.first.Expected + " at the gate"
+	}
+	return l.first.Expected
+}
+
+// folded folds what differs only in port, source or family into one line.
+func (r *Report) folded() []*foldedFinding {
+	fold := func(in []*foldedFinding, same func(*foldedFinding) string, add func(to, from *foldedFinding)) []*foldedFinding {
+		var out []*foldedFinding
+		seen := map[string]*foldedFinding{}
 		for _, l := range in {
 			k := same(l)
 			if to := seen[k]; to != nil {
@@ -447,45 +479,38 @@ func (r *Report) findings(b *strings.Builder) {
 		}
 		return out
 	}
-	var lines []*line
+	var lines []*foldedFinding
 	for _, f := range r.Findings {
 		kind := strings.Join([]string{f.Protocol, f.Expected, f.Observed.String(), f.Reason, f.Rule, f.Interface}, "\x00")
-		lines = append(lines, &line{kind, f, []uint16{f.Port}, []string{f.source}})
+		lines = append(lines, &foldedFinding{kind, f, []uint16{f.Port}, []string{f.source}})
 	}
-	lines = fold(lines, func(l *line) string { return l.kind + "\x00" + l.first.Probe },
-		func(to, from *line) { to.ports = union(to.ports, from.ports) })
-	lines = fold(lines, func(l *line) string { return l.kind + "\x00" + Ranges(l.ports) },
-		func(to, from *line) { to.sources = append(to.sources, from.sources...) })
+	lines = fold(lines, func(l *foldedFinding) string { return l.kind + "\x00" + l.first.Probe },
+		func(to, from *foldedFinding) { to.ports = union(to.ports, from.ports) })
+	return fold(lines, func(l *foldedFinding) string { return l.kind + "\x00" + Ranges(l.ports) },
+		func(to, from *foldedFinding) { to.sources = append(to.sources, from.sources...) })
+}
+
+// findings writes a line for each kind of finding.
+func (r *Report) findings(b *strings.Builder) {
+	lines := r.folded()
 	w := tabwriter.NewWriter(b, 0, 8, 2, ' ', 0)
 	for i, l := range lines {
 		if i == mostFindings {
 			break
 		}
 		f := l.first
-		word, expected, rule, by := "FAIL", f.Expected, "", ""
+		word, rule := "FAIL", ""
 		if f.Observed == Unknown {
 			word = "?"
-		}
-		if f.Reason == PassedGate.String() {
-			expected += " at the gate"
 		}
 		if f.Rule != "" {
 			rule = fmt.Sprintf(", %q", f.Rule)
 		}
-		if f.Interface != "" {
-			by = " by " + f.Interface
+		ports, from := l.ends()
+		if from != "" {
+			from = "from " + from
 		}
-		sources := l.sources
-		more := ""
-		if n := len(sources) - 2; n > 0 {
-			sources, more = sources[:2], fmt.Sprintf(" and %d more", n)
-		}
-		if len(l.sources) == 1 && l.sources[0] == "" {
-			fmt.Fprintf(w, "  %s\t%d/%s\t%s\texpected %s%s\t%s\t\n", word, f.Port, f.Protocol, f.Observed, expected, rule, f.Reason)
-			continue
-		}
-		fmt.Fprintf(w, "  %s\t%s/%s\t%s\texpected %s%s\t%s\tfrom %s%s%s\n", word, shorten(Ranges(l.ports), 60), f.Protocol, f.Observed,
-			expected, rule, f.Reason, strings.Join(sources, ", "), more, by)
+		fmt.Fprintf(w, "  %s\t%s\t%s\texpected %s%s\t%s\t%s\n", word, ports, f.Observed, l.expected(), rule, f.Reason, from)
 	}
 	w.Flush() // into a strings.Builder: cannot fail
 	if n := len(lines) - mostFindings; n > 0 {

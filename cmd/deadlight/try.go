@@ -11,7 +11,7 @@ import (
 )
 
 func newTryCommand(e env) *cobra.Command {
-	var asJSON bool
+	var f reportFlags
 	c := &cobra.Command{
 		Use:     "try POLICY [-- COMMAND [ARG...]]",
 		GroupID: groupTry,
@@ -44,14 +44,17 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			return nil
 		},
 		RunE: func(c *cobra.Command, args []string) error {
-			return try(c.Context(), e, args[0], args[1:], asJSON)
+			if err := f.read(); err != nil {
+				return err
+			}
+			return try(c.Context(), e, args[0], args[1:], &f)
 		},
 	}
-	c.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")
+	f.add(c)
 	return c
 }
 
-func try(ctx context.Context, e env, file string, command []string, asJSON bool) error {
+func try(ctx context.Context, e env, file string, command []string, f *reportFlags) error {
 	if !verify.Isolated() {
 		return tryIsolated(ctx, e, file)
 	}
@@ -79,13 +82,13 @@ func try(ctx context.Context, e env, file string, command []string, asJSON bool)
 	case err != nil:
 		return kernelError(err, "deadlight try "+file)
 	}
-	if !asJSON {
+	if f.format == "text" {
 		printf(e.stdout, "%s: %s, loaded into a throw-away host and read back identical\n", printable(file), plural(len(rs.Policy.Open), "opening"))
 		l := report.Listeners
 		printf(e.stdout, "Listeners there: TCP behind %d listed and %d unlisted ports, UDP behind %d and %d\n",
 			l.ListedTCP, l.UnlistedTCP, l.ListedUDP, l.UnlistedUDP)
 	}
-	return printReport(e, report, asJSON)
+	return f.print(e, report)
 }
 
 // tryIsolated starts this command line again in namespaces of its own. A policy
@@ -114,24 +117,4 @@ func namespaceError(err error) error {
 		return refused(err, ns.Hint())
 	}
 	return refused(err, "")
-}
-
-// printReport prints a report and gives the exit code of its verdict.
-func printReport(e env, r *verify.Report, asJSON bool) error {
-	var err error
-	if asJSON {
-		err = writeJSON(e.stdout, r)
-	} else {
-		err = r.WriteText(e.stdout)
-	}
-	if err != nil {
-		return err
-	}
-	switch r.Verdict {
-	case verify.Fail:
-		return silently(exitFindings)
-	case verify.Inconclusive:
-		return silently(exitRefused)
-	}
-	return nil
 }

@@ -20,7 +20,7 @@ type verifyFlags struct {
 	canaries []uint
 	in       string
 	maxRate  int
-	json     bool
+	report   reportFlags
 }
 
 func newVerifyCommand(e env) *cobra.Command {
@@ -42,6 +42,9 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
   sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10 --ports tcp`,
 		Args: atMostPolicy,
 		RunE: func(c *cobra.Command, args []string) error {
+			if err := f.report.read(); err != nil {
+				return err
+			}
 			return verifyTargets(c.Context(), e, policyArg(args), f)
 		},
 	}
@@ -50,7 +53,7 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 	c.Flags().UintSliceVar(&f.canaries, "canary", nil, "a TCP port that surely answers, repeatable")
 	c.Flags().StringVar(&f.in, "in", "", "the target's interface by which the probes enter, if you know it")
 	c.Flags().IntVar(&f.maxRate, "max-rate", 0, "packets per second at most (0: as fast as the path bears)")
-	c.Flags().BoolVar(&f.json, "json", false, "print one JSON object")
+	f.report.add(c)
 	return c
 }
 
@@ -98,8 +101,8 @@ func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error
 	case err != nil:
 		return refused(err, "")
 	}
-	if !f.json {
+	if f.report.format == "text" {
 		printf(e.stdout, "%s against %s, seen from %s:\n", report.Target, printable(file), printable(report.Vantage))
 	}
-	return printReport(e, report, f.json)
+	return f.report.print(e, report)
 }
