@@ -92,14 +92,30 @@ func parseGuarded(file string, g *guard) (rs *rules.Ruleset, problems []rules.Pr
 		return nil, nil, nil, usageError("", "read %s: %w", file, err)
 	}
 	from = newSources(file, src, g)
-	p, problems := rules.Parse(file, src, from)
-	if p == nil {
+	if rs, problems = compileFiles(file, src, from); rs == nil {
 		return nil, problems, nil, nil
 	}
-	if from.hashed != nil {
+	return rs, problems, from, nil
+}
+
+// parseFiles reads a policy that is among files.
+func parseFiles(file string, files rules.Files) (*rules.Ruleset, []rules.Problem) {
+	src, err := files.ReadFile(filepath.Base(file))
+	if err != nil {
+		return nil, []rules.Problem{{Severity: rules.Error, Pos: rules.Pos{File: file, Line: 1, Column: 1}, Summary: err.Error()}}
+	}
+	return compileFiles(file, src, files)
+}
+
+func compileFiles(file string, src []byte, files rules.Files) (*rules.Ruleset, []rules.Problem) {
+	p, problems := rules.Parse(file, src, files)
+	if p == nil {
+		return nil, problems
+	}
+	if from, ok := files.(*sources); ok && from.hashed != nil {
 		runtime.GC() // what reading a long list left behind makes room for compiling it
 	}
-	return rules.Compile(p), inFileOrder(append(problems, p.Expired(time.Now())...)), from, nil
+	return rules.Compile(p), inFileOrder(append(problems, p.Expired(time.Now())...))
 }
 
 // largestFile is more than any policy or list may have; the parser says so in its

@@ -11,16 +11,24 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"deadlight/rules"
 	"deadlight/verify"
 )
 
 type verifyFlags struct {
-	targets  []string
-	ports    string
-	canaries []uint
-	in       string
-	maxRate  int
-	report   reportFlags
+	lookFlags
+	vantage   string
+	sshConfig string
+	report    reportFlags
+}
+
+// lookFlags say what is looked at, from wherever.
+type lookFlags struct {
+	Targets  []string `json:"targets"`
+	Ports    string   `json:"ports"`
+	Canaries []uint   `json:"canaries"`
+	In       string   `json:"in"`
+	MaxRate  int      `json:"max_rate"`
 }
 
 func newVerifyCommand(e env) *cobra.Command {
@@ -39,7 +47,8 @@ a filter from a service that does not answer; the report says so.
 
 Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 		Example: `  sudo deadlight verify policy.toml --target 192.0.2.10
-  sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10 --ports tcp`,
+  sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10 --ports tcp
+  deadlight verify policy.toml --target 192.0.2.10 --vantage ssh://root@198.51.100.7`,
 		Args: atMostPolicy,
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := f.report.read(); err != nil {
@@ -48,59 +57,95 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			return verifyTargets(c.Context(), e, policyArg(args), f)
 		},
 	}
-	c.Flags().StringArrayVar(&f.targets, "target", nil, "address of the host, repeatable (one per family)")
-	c.Flags().StringVar(&f.ports, "ports", "all", `what to probe: tcp, udp, all, 443/tcp, 1-1024/udp, comma-separated`)
-	c.Flags().UintSliceVar(&f.canaries, "canary", nil, "a TCP port that surely answers, repeatable")
-	c.Flags().StringVar(&f.in, "in", "", "the target's interface by which the probes enter, if you know it")
-	c.Flags().IntVar(&f.maxRate, "max-rate", 0, "packets per second at most (0: as fast as the path bears)")
+	c.Flags().StringArrayVar(&f.Targets, "target", nil, "address of the host, repeatable (one per family)")
+	c.Flags().StringVar(&f.Ports, "ports", "all", `what to probe: tcp, udp, all, 443/tcp, 1-1024/udp, comma-separated`)
+	c.Flags().UintSliceVar(&f.Canaries, "canary", nil, "a TCP port that surely answers, repeatable")
+	c.Flags().StringVar(&f.In, "in", "", "the target's interface by which the probes enter, if you know it")
+	c.Flags().IntVar(&f.MaxRate, "max-rate", 0, "packets per second at most (0: as fast as the path bears)")
+	c.Flags().StringVar(&f.vantage, "vantage", "", "look from another machine: ssh://USER@HOST:PORT (this program runs there, and is removed)")
+	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration file for ssh, as of ssh -F")
 	f.report.add(c)
 	return c
 }
 
 func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error {
-	if len(f.targets) == 0 {
-		return usageError("deadlight verify --target 192.0.2.10, from another machine", "name the host to probe with --target")
+	var far *verify.SSHVantage
+	if f.vantage != "" {
+		v, err := verify.ParseSSHVantage(f.vantage)
+		if err != nil {
+			return usageError("--vantage ssh://USER@HOST", "--vantage: %w", err)
+		}
+		v.Config = f.sshConfig
+		far = &v
 	}
-	ports, err := verify.ParsePorts(f.ports)
+	if _, err := f.config(nil); err != nil {
+		return err
+	}
+	rs, from, err := readSources(e, file, "nothing probed")
 	if err != nil {
-		return usageError("--ports takes tcp, udp, all, 443/tcp or 1-1024/udp, comma-separated", "%w", err)
+		return err
 	}
-	if f.maxRate < 0 {
-		return usageError("", "--max-rate runs from 0 up: %d", f.maxRate)
+	if far != nil {
+		return lookOverSSH(ctx, e, *far, file, from, f)
 	}
-	var targets []netip.Addr
-	for _, t := range f.targets {
-		a, err := netip.ParseAddr(t)
-		if err != nil || a.Zone() != "" || a.Is4In6() {
-			return usageError("names are not resolved: the answer would decide what is probed", "--target wants an address: %s", strconv.Quote(t))
-		}
-		targets = append(targets, a)
-	}
-	var canaries []verify.Canary
-	for _, p := range f.canaries {
-		if p < 1 || p > 65535 {
-			return usageError("", "--canary wants a port, 1-65535: %d", p)
-		}
-		canaries = append(canaries, verify.Canary{Kind: verify.CanaryTCP, Port: uint16(p)})
-	}
-	rs, err := readPolicy(e, file, "nothing probed")
+	look, err := f.config(rs)
 	if err != nil {
 		return err
 	}
 	line := newProgress(e.stderr)
-	report, err := verify.Look(ctx, verify.LookConfig{
-		Rules: rs, Targets: targets, Ports: ports, Canaries: canaries, In: f.in, MaxRate: f.maxRate,
-		Progress: func(sent, total uint64) { line.update("probing "+strings.Join(f.targets, ", "), sent, total) },
-	})
+	look.Progress = func(sent, total uint64) { line.update("probing "+strings.Join(f.Targets, ", "), sent, total) }
+	report, err := lookAt(ctx, look)
 	line.done()
+	if err != nil {
+		return err
+	}
+	return f.print(e, file, report)
+}
+
+// config checks the flags.
+func (f *verifyFlags) config(rs *rules.Ruleset) (look verify.LookConfig, err error) {
+	if len(f.Targets) == 0 {
+		return look, usageError("deadlight verify --target 192.0.2.10, from another machine", "name the host to probe with --target")
+	}
+	ports, err := verify.ParsePorts(f.Ports)
+	if err != nil {
+		return look, usageError("--ports takes tcp, udp, all, 443/tcp or 1-1024/udp, comma-separated", "%w", err)
+	}
+	if f.MaxRate < 0 {
+		return look, usageError("", "--max-rate runs from 0 up: %d", f.MaxRate)
+	}
+	look = verify.LookConfig{Rules: rs, Ports: ports, In: f.In, MaxRate: f.MaxRate}
+	for _, t := range f.Targets {
+		a, err := netip.ParseAddr(t)
+		if err != nil || a.Zone() != "" || a.Is4In6() {
+			return look, usageError("names are not resolved: the answer would decide what is probed", "--target wants an address: %s", strconv.Quote(t))
+		}
+		look.Targets = append(look.Targets, a)
+	}
+	for _, p := range f.Canaries {
+		if p < 1 || p > 65535 {
+			return look, usageError("", "--canary wants a port, 1-65535: %d", p)
+		}
+		look.Canaries = append(look.Canaries, verify.Canary{Kind: verify.CanaryTCP, Port: uint16(p)})
+	}
+	return look, nil
+}
+
+// lookAt looks from this machine.
+func lookAt(ctx context.Context, look verify.LookConfig) (*verify.Report, error) {
+	report, err := verify.Look(ctx, look)
 	switch {
 	case errors.Is(err, verify.ErrLocalTarget):
-		return refused(err, "probe it from another machine: over loopback the policy is not asked")
+		return nil, refused(err, "probe it from another machine: over loopback the policy is not asked")
 	case errors.Is(err, fs.ErrPermission):
-		return refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …")
+		return nil, refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …")
 	case err != nil:
-		return refused(err, "")
+		return nil, refused(err, "")
 	}
+	return report, nil
+}
+
+func (f *verifyFlags) print(e env, file string, report *verify.Report) error {
 	if f.report.format == "text" {
 		printf(e.stdout, "%s against %s, seen from %s:\n", report.Target, printable(file), printable(report.Vantage))
 	}

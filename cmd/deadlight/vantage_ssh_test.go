@@ -1,0 +1,147 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// runCode runs a command line in this process.
+func runCode(args ...string) (code int, out, errs string) {
+	var o, e lockedBuffer
+	code = run(args, env{stdin: strings.NewReader(""), stdout: &o, stderr: &e})
+	return code, o.String(), e.String()
+}
+
+// A vantage is another machine, reached by a real sshd: it looks from there at
+// this one, and nothing of us stays there.
+func TestVerifyOverSSH(t *testing.T) {
+	if !mayChangeUser(t) {
+		t.Skip("sshd cannot work in the user namespace of an ordinary user; CI runs as root")
+	}
+	l := newSSHLab(t)
+	write := func(name, text string) string {
+		t.Helper()
+		if err := os.WriteFile(l.file(name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return l.file(name)
+	}
+	config := write("client", fmt.Sprintf("Host *\nIdentityFile %s\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n", l.file("id")))
+	// The lists of the policy are sent along.
+	policy := write("own.toml", "version = 1\ninclude = [\"own.d/*.toml\"]\n[set.none]\nfiles = [\"none*.txt\"]\noptional = true\n[block.none]\nfrom = \"@none\"\n")
+	if err := os.Mkdir(l.file("own.d"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	write("own.d/web.toml", "[open.web]\nports = 80\n")
+	write("none1.txt", "198.51.100.0/24\n")
+	hole := write("hole.toml", "version = 1\n[open.web]\nports = [80, 8080]\n")
+	state := l.file("outside")
+	apply := func(file string) {
+		t.Helper()
+		if code, out, errs := runCode("apply", file, "--state-dir", state, "--insecure-policy"); code != exitOK {
+			t.Fatalf("apply: exit %d\n%s%s", code, out, errs)
+		}
+	}
+	t.Cleanup(func() {
+		if code, out, errs := runCode("remove", "--state-dir", state); code != exitOK {
+			t.Errorf("remove: exit %d\n%s%s", code, out, errs)
+		}
+	})
+	vantage := fmt.Sprintf("ssh://root@%s:%d", l.host4, sshPort)
+	verifyArgs := func(more ...string) []string {
+		return append([]string{"verify", policy, "--vantage", vantage, "--ssh-config", config, "--target", peer4, "--target", peer6}, more...)
+	}
+	left := func() []string {
+		t.Helper()
+		names, err := filepath.Glob(filepath.Join(os.TempDir(), "deadlight.??????????"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return names
+	}
+
+	apply(policy)
+	code, out, errs := runCode(verifyArgs("--ports", "1-2000/tcp", "--json")...)
+	var r struct {
+		Verdict, Vantage string
+		States           map[string]struct{ Closed, Filtered string }
+	}
+	if err := json.Unmarshal([]byte(out), &r); err != nil || code != exitOK {
+		t.Fatalf("exit %d, %v\n%s%s", code, err, out, errs)
+	}
+	if want := vantage + ": " + l.host4.String() + " (eth0), " + l.host6.String() + " (eth0)"; r.Vantage != want {
+		t.Errorf("seen from %q, want %q", r.Vantage, want)
+	}
+	for _, key := range []string{"tcp4", "tcp6"} {
+		if s := r.States[key]; s.Closed != "80" || s.Filtered != "1-79,81-2000" {
+			t.Errorf("%s: %+v", key, s)
+		}
+	}
+
+	apply(hole)
+	code, out, errs = runCode(verifyArgs("--ports", "1-9000/tcp")...)
+	if code != exitFindings || !strings.Contains(out, "FAIL  8080/tcp  closed  expected filtered") || !strings.Contains(out, "seen from "+vantage) {
+		t.Errorf("a hole: exit %d\n%s%s", code, out, errs)
+	}
+	if names := left(); len(names) > 0 {
+		t.Errorf("left behind: %q", names)
+	}
+
+	// Who is interrupted in the middle leaves nothing either.
+	c := exec.Command(l.file("deadlight"), verifyArgs("--ports", "tcp", "--max-rate", "500")...)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the program at the vantage", func() bool { return len(left()) > 0 })
+	time.Sleep(500 * time.Millisecond)
+	if err := c.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Wait() // the exit code tells
+	if code := c.ProcessState.ExitCode(); code != exitInterrupted {
+		t.Errorf("interrupted: exit %d", code)
+	}
+	await(t, "nothing left at the vantage", func() bool { return len(left()) == 0 })
+
+	// What cannot be reached.
+	vantage = "ssh://root@" + peer4 + ":1"
+	code, out, errs = runCode(verifyArgs("--ports", "80/tcp")...)
+	if code != exitRefused || !strings.Contains(errs, "error: the vantage could not look: ssh to "+vantage+" failed: ") {
+		t.Errorf("no sshd: exit %d\n%s%s", code, out, errs)
+	}
+	for arg, want := range map[string]string{
+		"ssh://-oProxyCommand=x":  "not a name",
+		"ssh://root:x@192.0.2.1":  "a password has no place on a command line",
+		"ssh://192.0.2.1/path":    "not ssh://USER@HOST:PORT",
+		"ftp://192.0.2.1":         "not ssh://USER@HOST:PORT",
+		"ssh://192.0.2.1:0":       "not a port",
+		"ssh://a$(reboot)@192.0.": "not a name",
+	} {
+		vantage = arg
+		if code, _, errs := runCode(verifyArgs()...); code != exitUsage || !strings.Contains(errs, want) {
+			t.Errorf("%s: exit %d, want %q\n%s", arg, code, want, errs)
+		}
+	}
+}
+
+// The far side reads nothing but its request.
+func TestFromVantage(t *testing.T) {
+	for in, want := range map[string]string{
+		"":   "no request on standard input",
+		"{}": "1 error: nothing probed",
+		`{"policy":"p.toml","files":{"p.toml":"dmVyc2lvbiA9IDEK"}}`:                                      "name the host to probe",
+		`{"policy":"/etc/p.toml","files":{"p.toml":"dmVyc2lvbiA9IDEKW29wZW4ueF0Kc2VydmljZT0ibm9uZSIK"}}`: "/etc/p.toml:3:9: error",
+	} {
+		var out, errs bytes.Buffer
+		if code := run([]string{fromVantage}, env{stdin: strings.NewReader(in), stdout: &out, stderr: &errs}); code != exitUsage || !strings.Contains(errs.String(), want) {
+			t.Errorf("%s: exit %d, want %q\n%s", in, code, want, errs.String())
+		}
+	}
+}
