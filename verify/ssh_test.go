@@ -46,32 +46,30 @@ func TestFarScript(t *testing.T) {
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	t.Setenv("TMPDIR", room)
 	v := SSHVantage{Host: "far", User: "root", Port: 22, Config: "none"}
-	run := func() (int, error, string, string) {
-		var out, errs strings.Builder
-		code, err := v.Run(t.Context(), program, []string{"a", "b"}, nil, &out, &errs)
-		return code, err, out.String(), errs.String()
+	run := func() (code int, out, errs string, err error) {
+		var o, e strings.Builder
+		code, err = v.Run(t.Context(), program, []string{"a", "b"}, []byte("request\n"), &o, &e)
+		return code, o.String(), e.String(), err
 	}
-	var out, errs strings.Builder
-	code, err := v.Run(t.Context(), program, []string{"a", "b"}, []byte("request\n"), &out, &errs)
-	if err != nil || code != 5 || out.String() != "words a b\nline request\ndeadlight.X\n" || errs.String() != "said\n" {
-		t.Errorf("exit %d, %v: %q %q", code, err, out.String(), errs.String())
+	if code, out, errs, err := run(); err != nil || code != 5 || out != "words a b\nline request\ndeadlight.X\n" || errs != "said\n" {
+		t.Errorf("exit %d, %v: %q %q", code, err, out, errs)
 	}
 	if left, err := os.ReadDir(room); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v %v", left, err)
 	}
 	file("uname", "#!/bin/sh\n[ \"$1\" = -s ] && echo Linux || echo pdp11\n")
-	if _, err, out, _ := run(); err == nil || !strings.Contains(err.Error(), "ssh://root@far:22 is Linux pdp11, and this program is for Linux ") || out != "" {
+	if _, out, _, err := run(); err == nil || !strings.Contains(err.Error(), "ssh://root@far:22 is Linux pdp11, and this program is for Linux ") || out != "" {
 		t.Errorf("another machine: %v %q", err, out)
 	}
 	if err := os.Remove(filepath.Join(dir, "uname")); err != nil {
 		t.Fatal(err)
 	}
 	file("mktemp", "#!/bin/sh\necho no room >&2\nexit 1\n")
-	if _, err, _, _ := run(); err == nil || !strings.Contains(err.Error(), "has no directory from which a program can be run") {
+	if _, _, _, err := run(); err == nil || !strings.Contains(err.Error(), "has no directory from which a program can be run") {
 		t.Errorf("no room: %v", err)
 	}
 	file("ssh", "#!/bin/sh\necho 'far: Connection refused' >&2\nexit 255\n")
-	if _, err, _, _ := run(); err == nil || !strings.Contains(err.Error(), "ssh to ssh://root@far:22 failed: far: Connection refused") {
+	if _, _, _, err := run(); err == nil || !strings.Contains(err.Error(), "ssh to ssh://root@far:22 failed: far: Connection refused") {
 		t.Errorf("no connection: %v", err)
 	}
 }
