@@ -21,12 +21,13 @@ type verifyFlags struct {
 	in       string
 	maxRate  int
 	json     bool
+	selfTest bool
 }
 
 func newVerifyCommand(e env) *cobra.Command {
 	var f verifyFlags
 	c := &cobra.Command{
-		Use:     "verify [POLICY] --target ADDR",
+		Use:     "verify [POLICY] --target ADDR | --self-test",
 		GroupID: groupWatch,
 		Short:   "Probe a host from this machine and hold it against its policy",
 		Long: `Sends a packet to every port of a host and reports which are open, closed,
@@ -37,11 +38,18 @@ Silence counts as filtered only while the path is proven alive by ports that
 must answer: a listed TCP port, echo, or --canary. Over UDP silence cannot tell
 a filter from a service that does not answer; the report says so.
 
+With --self-test it shows instead, on throw-away hosts and without root, that it
+finds out rulesets that are broken, and a path that is dead.
+
 Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 		Example: `  sudo deadlight verify policy.toml --target 192.0.2.10
+  deadlight verify --self-test
   sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10 --ports tcp`,
 		Args: atMostPolicy,
 		RunE: func(c *cobra.Command, args []string) error {
+			if f.selfTest {
+				return selfTest(c, e, args, f.json)
+			}
 			return verifyTargets(c.Context(), e, policyArg(args), f)
 		},
 	}
@@ -50,6 +58,7 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 	c.Flags().UintSliceVar(&f.canaries, "canary", nil, "a TCP port that surely answers, repeatable")
 	c.Flags().StringVar(&f.in, "in", "", "the target's interface by which the probes enter, if you know it")
 	c.Flags().IntVar(&f.maxRate, "max-rate", 0, "packets per second at most (0: as fast as the path bears)")
+	c.Flags().BoolVar(&f.selfTest, "self-test", false, "load broken rulesets into throw-away hosts and see whether they are found out")
 	c.Flags().BoolVar(&f.json, "json", false, "print one JSON object")
 	return c
 }
