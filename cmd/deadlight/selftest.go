@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -233,8 +234,12 @@ func selfTest(c *cobra.Command, e env, args []string, asJSON bool) error {
 	}
 	if !verify.Isolated() {
 		code, err := verify.Isolate(c.Context(), os.Args[1:], e.stdin, e.stdout, e.stderr)
+		var ns *verify.NamespaceError
+		if errors.As(err, &ns) {
+			return refused(err, strings.Replace(ns.Hint(), "deadlight try …", "deadlight verify --self-test", 1))
+		}
 		if err != nil {
-			return namespaceError(err)
+			return refused(err, "")
 		}
 		if code != exitOK {
 			return silently(code)
