@@ -267,6 +267,11 @@ func encodeRule(table, chain string, r rules.Rule, real func(set string) string)
 	for _, e := range r.Exprs {
 		w.add(e)
 	}
+	return w.message(table, chain, r.Comment)
+}
+
+// message is the rule that was written.
+func (w *ruleWriter) message(table, chain, comment string) (message, error) {
 	if w.err != nil {
 		return message{}, w.err
 	}
@@ -281,12 +286,12 @@ func encodeRule(table, chain string, r rules.Rule, real func(set string) string)
 		list = nest(list, unix.NFTA_LIST_ELEM, data)
 	}
 	b = nest(b, unix.NFTA_RULE_EXPRESSIONS, list)
-	if r.Comment != "" {
-		b = attr(b, unix.NFTA_RULE_USERDATA, userdata.AppendString(nil, userdata.TypeComment, r.Comment))
+	if comment != "" {
+		b = attr(b, unix.NFTA_RULE_USERDATA, userdata.AppendString(nil, userdata.TypeComment, comment))
 	}
 	return message{
 		typ: unix.NFT_MSG_NEWRULE, flags: unix.NLM_F_CREATE | unix.NLM_F_APPEND, attrs: b,
-		what: fmt.Sprintf("rule %q in chain %s", r.Comment, chain),
+		what: fmt.Sprintf("rule %q in chain %s", comment, chain),
 	}, nil
 }
 

@@ -68,6 +68,10 @@ type PathResult struct {
 	// From holds who answered, where it was not the probed address itself. The
 	// key is the protocol and the port.
 	From map[Target]netip.Addr
+	// Stray are ports that answered over UDP though they were not asked: a
+	// service that answers from another port than the one it was asked at, which
+	// of the probed ones cannot be told.
+	Stray []uint16
 	// Alive says that canaries answered throughout and after the last probe.
 	Alive                      bool
 	CanariesSent, CanariesLost int

@@ -472,54 +472,6 @@ func segment(p *Path, sport, dport uint16, ack uint32, flags byte) []byte {
 	return b[:t.tcp(b, sport, dport, 1)]
 }
 
-func TestSweepCraftedAnswers(t *testing.T) {
-	w := newWorld(t)
-	w.firewall("tcp dport 22 accept")
-	rev := w.reverse(false)
-	seen := map[uint16]int{}
-	w.responder(func(b []byte, send func([]byte)) {
-		var r reply
-		if len(b) < etherLen || !parseReply(b[etherLen:], &r) || r.kind != replyTCP || r.flags != flagSYN || r.dport == 22 {
-			return
-		}
-		seen[r.dport]++
-		first := seen[r.dport] == 1
-		switch r.dport {
-		case 100: // cookie is wrong
-			send(segment(rev, r.dport, r.sport, r.seq+2, flagSYN|flagACK))
-			send(segment(rev, r.dport, r.sport, r.seq, flagRST|flagACK))
-			send(segment(rev, r.dport, r.sport, 0, flagRST))
-		case 101: // cookie of another port
-			send(segment(rev, 102, r.sport, r.seq+1, flagSYN|flagACK))
-		case 103: // neither SYN-ACK nor RST
-			send(segment(rev, r.dport, r.sport, r.seq+1, flagACK))
-		case 104: // the weak answer first, the strong one much later
-			if first {
-				send(segment(rev, r.dport, r.sport, r.seq+1, flagRST|flagACK))
-				frame := segment(rev, r.dport, r.sport, r.seq+1, flagSYN|flagACK)
-				time.AfterFunc(100*time.Millisecond, func() { send(frame) })
-			}
-		case 105: // long after the port was given up in its round
-			if first {
-				frame := segment(rev, r.dport, r.sport, r.seq+1, flagSYN|flagACK)
-				time.AfterFunc(250*time.Millisecond, func() { send(frame) })
-			}
-		}
-	})
-	ports := portRange(95, 400)
-	r := w.sweep(Config{Paths: []Path{w.path(false, ports, nil, canary22)}, MaxRate: 3000})
-	w.wantAlive(r)
-	want(t, "tcp", ports, r.Paths[0].TCP, func(port uint16) Answer {
-		switch port {
-		case 103:
-			return Answer{Closed, TCPOther}
-		case 104, 105:
-			return Answer{Open, SynAck}
-		}
-		return Answer{Filtered, NoResponse}
-	})
-}
-
 func TestSweepErrorsFromRouter(t *testing.T) {
 	vantage, router, target := newSpace(t), newSpace(t), newSpace(t)
 	up, down := wire(t, vantage, router, "veth0", "lan")

@@ -5,6 +5,7 @@ package verify
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"deadlight/rules"
@@ -45,6 +46,11 @@ func (e *engine) handle(r *reply, now int64) {
 	switch r.kind {
 	case replyTCP:
 		p := e.peers[pair{r.to, r.from}]
+		if p == nil { // a canary must come from the target, an answer to a probe need not
+			if path := e.sources[netip.AddrPortFrom(r.to, r.dport)]; path != nil {
+				p = path.peer
+			}
+		}
 		if p == nil || r.flags&flagACK == 0 || r.ack != e.key.cookie(p.id, r.dport, r.sport)+1 {
 			return
 		}
@@ -52,6 +58,8 @@ func (e *engine) handle(r *reply, now int64) {
 	case replyUDP:
 		if p := e.path(r.to, r.from, r.dport); p != nil {
 			e.record(p.udpFlow, r.sport, Answer{Open, UDPAnswer}, r.from)
+		} else if p := e.sources[netip.AddrPortFrom(r.to, r.dport)]; p != nil {
+			e.record(p.udpFlow, r.sport, Answer{Unknown, OtherAddress}, r.from) // no cookie proves it
 		}
 	case replyEcho:
 		p := e.peers[pair{r.to, r.from}]
@@ -84,7 +92,7 @@ func (e *engine) path(ours, theirs netip.Addr, port uint16) *sweepPath {
 func (e *engine) handleTCP(p *peer, r *reply, now int64) {
 	synAck := r.flags&(flagSYN|flagRST) == flagSYN
 	if path := p.paths[r.dport]; path != nil {
-		if synAck {
+		if synAck && r.from == path.Dst {
 			e.queueRST(path, r)
 		}
 		a := Answer{Closed, TCPOther}
@@ -112,6 +120,14 @@ func (e *engine) record(f *flow, port uint16, a Answer, from netip.Addr) {
 		return
 	}
 	i, ok := f.find(port)
+	if !ok && f.proto == rules.UDP && a.Reason == UDPAnswer {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if p := f.path; !slices.Contains(p.stray, port) && len(p.stray) < mostStray {
+			p.stray = append(p.stray, port)
+		}
+		return
+	}
 	if !ok || a.weight() <= f.answer(i).weight() {
 		return
 	}

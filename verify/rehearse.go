@@ -24,7 +24,9 @@ type RehearseConfig struct {
 	Stdout, Stderr io.Writer
 	Progress       func(sent, total uint64)
 
-	sweep Ports // what the sweeps probe; zero: every port
+	sweep Ports                      // what the sweeps probe; zero: every port
+	cut   bool                       // the host's links go down before the first probe
+	seen  func(JudgeConfig, *Result) // gets what is about to be judged; may be nil
 }
 
 // CommandError says that the command of a rehearsal failed. It unwraps to the
@@ -89,6 +91,11 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("arm the tripwire: %w", err)
 	}
+	if cfg.cut {
+		if err := w.cut(); err != nil {
+			return nil, err
+		}
+	}
 	res, err := Sweep(ctx, Config{Paths: paths, Progress: cfg.Progress})
 	if err != nil {
 		return nil, fmt.Errorf("probe the throw-away host: %w", err)
@@ -100,10 +107,14 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if err := trip.Remove(); err != nil {
 		return nil, fmt.Errorf("remove the tripwire: %w", err)
 	}
-	report := Judge(JudgeConfig{
+	judge := JudgeConfig{
 		Target: "throw-away host for " + cfg.Name, Vantage: "throw-away outside",
 		Rules: cfg.Rules, Views: outlook.Views, HostProof: proof,
-	}, res)
+	}
+	if cfg.seen != nil {
+		cfg.seen(judge, res)
+	}
+	report := Judge(judge, res)
 	report.Listeners = &Listening{
 		ListedTCP: len(tcp.listed), ListedUDP: len(udp.listed), UnlistedTCP: len(tcp.unlisted), UnlistedUDP: len(udp.unlisted),
 	}

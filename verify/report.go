@@ -152,6 +152,14 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 	j := judge{cfg: cfg, report: r, either: map[string][]uint16{}, limited: map[string][]uint16{}, admitted: map[string]bool{}, silent: map[string][]uint16{}}
 	for i := range cfg.Views {
 		j.view(&cfg.Views[i], &res.Paths[i])
+		if j.inexact || cfg.HostProof == nil {
+			j.stray = union(j.stray, res.Paths[i].Stray)
+		}
+		if err := res.Paths[i].Err; err != nil {
+			if note := fmt.Sprintf("probes to %s did not leave: %v", cfg.Views[i].Path.Dst, err); !slices.Contains(r.Notes, note) {
+				r.Notes = append(r.Notes, note)
+			}
+		}
 		if !cfg.Views[i].Sweep {
 			r.views++
 		}
@@ -176,7 +184,7 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 		}
 		r.Verdict = Inconclusive
 	}
-	if r.Verdict == Pass && len(j.either) > 0 {
+	if r.Verdict == Pass && len(j.either)+len(j.stray) > 0 {
 		r.Verdict = Inconclusive
 	}
 	if r.Verdict == Pass && !r.exact && r.Counts.Filtered > 0 && res.Bound > defaultMissBound && (r.States["tcp4"].Filtered != "" || r.States["tcp6"].Filtered != "") {
@@ -210,6 +218,7 @@ type judge struct {
 	report   *Report
 	unproved int  // UDP ports whose silence nothing but the path vouches for
 	inexact  bool // the tripwire did not see every probe of a view arrive
+	stray    []uint16
 	// By protocol: ports that answer as only another interface allows, ports that
 	// a rate or a number of connections limits, listed UDP ports without answer.
 	either, limited, silent map[string][]uint16
@@ -355,6 +364,9 @@ func (j *judge) notes() []string {
 	}
 	if len(j.silent) > 0 {
 		out = append(out, fmt.Sprintf("listed but silent: %s: over UDP that may be a service that does not answer", portLists(j.silent)))
+	}
+	if len(j.stray) > 0 {
+		out = append(out, fmt.Sprintf("answers over UDP from ports that were not probed: %s: a service there answers from another port than it is asked at", Ranges(j.stray)))
 	}
 	if len(j.limited) > 0 {
 		out = append(out, fmt.Sprintf("limited, so that probes may use the limit up, and not judged: %s", portLists(j.limited)))

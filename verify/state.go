@@ -47,12 +47,14 @@ const (
 	RouterError             // an ICMP error from somebody who is not the target
 	PassedFirewall          // the tripwire saw the probe behind the last input chain, nothing came back
 	PassedGate              // the tripwire saw the probe behind the gate; a later chain dropped it
+	OtherAddress            // a UDP datagram from the probed port of another address
 )
 
 var reasonNames = [...]string{
 	"not probed", "no response", "path not proven", "syn-ack", "rst", "tcp answer", "udp answer",
 	"port-unreachable", "admin-prohibited", "host-unreachable", "net-unreachable", "proto-unreachable",
 	"icmp error", "error from a router", "passed the firewall, no answer", "passed the gate, stopped behind it",
+	"answer from another address",
 }
 
 // String gives the words of reports and JSON.

@@ -46,6 +46,7 @@ const (
 
 	receivePoll  = 5 * time.Millisecond
 	drainLimit   = 2 * time.Second
+	mostStray    = 100
 	progressStep = int64(200e6) // ns
 )
 
@@ -97,6 +98,9 @@ type engine struct {
 	pools []*pool
 	peers map[pair]*peer
 	ring  *ring
+	// By our address and the source port of the probes: who is meant by an answer
+	// that comes from another address than the target's.
+	sources map[netip.AddrPort]*sweepPath
 
 	stop    atomic.Bool
 	drained atomic.Int64 // when the ring was last seen empty, ns since began
@@ -164,6 +168,7 @@ type sweepPath struct {
 	heard  uint64        // the newest canary that came back
 	minRTT time.Duration // 0 before the first
 	from   map[Target]netip.Addr
+	stray  []uint16 // ports that nobody asked over UDP and that answered
 
 	// Of this round.
 	windows   []*window
@@ -231,7 +236,7 @@ func (a Answer) weight() int {
 		return 3
 	case a.State == Rejected:
 		return 2
-	case a.Reason == RouterError:
+	case a.Reason == RouterError, a.Reason == OtherAddress:
 		return 1
 	}
 	return 0
@@ -244,7 +249,7 @@ func newEngine(ctx context.Context, cfg Config, began time.Time) (*engine, error
 	}
 	e := &engine{
 		ctx: ctx, cfg: cfg, began: began,
-		peers: make(map[pair]*peer),
+		peers: make(map[pair]*peer), sources: make(map[netip.AddrPort]*sweepPath),
 		pacer: newPacer(cfg.MaxRate),
 	}
 	var seed [32]byte
@@ -347,6 +352,7 @@ func (e *engine) addPath(index int) error {
 		return fmt.Errorf("source port %d belongs to another path", c.SrcPort)
 	}
 	p.peer.paths[c.SrcPort] = p
+	e.sources[netip.AddrPortFrom(c.Src, c.SrcPort)] = p
 	for _, k := range c.Canaries {
 		if k.Kind == CanaryTCP && p.peer.tcp[k.Port] == nil {
 			p.peer.tcp[k.Port] = newTCPTuples(e.rng)
@@ -580,11 +586,14 @@ func (e *engine) result() *Result {
 	for i, p := range e.paths {
 		r := &res.Paths[i]
 		r.Alive = p.proven && !p.dead
-		r.From = p.from
+		r.From, r.Stray = p.from, p.stray
 		r.CanariesSent, r.CanariesLost = p.total.sent, p.total.lost
 		r.SentTCP, r.SentUDP = p.sentTCP, p.sentUDP
 		r.TCP, r.UDP = p.tcpFlow.result(r.Alive), p.udpFlow.result(r.Alive)
 		r.Err = p.err
+		if r.Err == nil && !r.Alive { // it never lived
+			r.Err = p.link.err()
+		}
 		alive = alive || r.Alive
 		for j, a := range r.TCP {
 			if a.State == Filtered {

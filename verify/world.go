@@ -481,6 +481,23 @@ func (w *World) Route(to netip.Prefix, link string) error {
 	return fmt.Errorf("route %s by %q: no such interface", to, link)
 }
 
+// cut takes the host's end of every link down, which the outside sees only as a
+// lost carrier.
+func (w *World) cut() error {
+	return w.Host(func() error {
+		for _, l := range w.links {
+			end, err := netlink.LinkByIndex(l.hostIndex)
+			if err == nil {
+				err = netlink.LinkSetDown(end)
+			}
+			if err != nil {
+				return fmt.Errorf("cut %q: %w", l.name, err)
+			}
+		}
+		return nil
+	})
+}
+
 // HostFile is the host's network namespace. It is the World's: valid until
 // Close, and not to be closed by others.
 func (w *World) HostFile() *os.File { return w.host }

@@ -373,3 +373,33 @@ func TestWorldOneFamily(t *testing.T) {
 		t.Error("two worlds at a time: no answer from the second")
 	}
 }
+
+// A host is ready only when the kernel takes the packets to each of its addresses
+// for its own, which it does later than it shows the address.
+func TestWorldAwaitsItsAddresses(t *testing.T) {
+	w := newTestWorld(t, "eth0")
+	local := &netlink.Route{Dst: ipNet(netip.PrefixFrom(testHost6, 128)), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Protocol: unix.RTPROT_KERNEL}
+	if err := w.Host(func() error {
+		end, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		local.LinkIndex = end.Attrs().Index
+		return netlink.RouteDel(local)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	ready := make(chan error, 1)
+	go func() { ready <- w.Host(awaitAddresses) }()
+	select {
+	case err := <-ready:
+		t.Fatalf("ready without the route to its address: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	if err := w.Host(func() error { return netlink.RouteAdd(local) }); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ready; err != nil {
+		t.Error(err)
+	}
+}

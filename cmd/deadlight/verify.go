@@ -19,6 +19,7 @@ type verifyFlags struct {
 	lookFlags
 	vantage   string
 	sshConfig string
+	selfTest  bool
 	report    reportFlags
 }
 
@@ -45,14 +46,21 @@ Silence counts as filtered only while the path is proven alive by ports that
 must answer: a listed TCP port, echo, or --canary. Over UDP silence cannot tell
 a filter from a service that does not answer; the report says so.
 
+With --self-test it shows instead, on throw-away hosts and without root, that it
+finds out rulesets that are broken, and a path that is dead.
+
 Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 		Example: `  sudo deadlight verify policy.toml --target 192.0.2.10
   sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10 --ports tcp
+  deadlight verify --self-test
   deadlight verify policy.toml --target 192.0.2.10 --vantage ssh://root@198.51.100.7`,
 		Args: atMostPolicy,
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := f.report.read(); err != nil {
 				return err
+			}
+			if f.selfTest {
+				return selfTest(c, e, args, f.report.json)
 			}
 			return verifyTargets(c.Context(), e, policyArg(args), f)
 		},
@@ -64,6 +72,7 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 	c.Flags().IntVar(&f.MaxRate, "max-rate", 0, "packets per second at most (0: as fast as the path bears)")
 	c.Flags().StringVar(&f.vantage, "vantage", "", "look from another machine: ssh://USER@HOST:PORT (this program runs there, and is removed)")
 	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration file for ssh, as of ssh -F")
+	c.Flags().BoolVar(&f.selfTest, "self-test", false, "load broken rulesets into throw-away hosts and see whether they are found out")
 	f.report.add(c)
 	return c
 }
