@@ -23,6 +23,12 @@ type RehearseConfig struct {
 	Command        []string
 	Stdout, Stderr io.Writer
 	Progress       func(sent, total uint64)
+	// Thorough scales the adversarial probes: 0 for none, 1 for all that are quick,
+	// 2 for the slow ones too.
+	Thorough int
+	// Reload puts the ruleset in force anew, as a later change would, while probes
+	// come in; nil is Load again. It runs where Load does.
+	Reload func() error
 
 	sweep Ports // what the sweeps probe; zero: every port
 }
@@ -85,6 +91,22 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		v.Path.Link = w.Link(v.In)
 		paths[i], sports[i] = v.Path, v.Path.SrcPort
 	}
+	var odd *odd
+	if cfg.Thorough > 0 {
+		views, err := oddViews(w, cfg.Rules, outlook)
+		if err != nil {
+			return nil, fmt.Errorf("list the addresses of the throw-away host: %w", err)
+		}
+		odd = planOdd(oddConfig{
+			rules: cfg.Rules, views: views, swept: sweptPorts(outlook.Views), all: true, own: true,
+			listening: Ports{tcp.unlisted, udp.unlisted}, level: cfg.Thorough, budget: oddBudget(outlook.Views), taken: taken(outlook.Views),
+		})
+		if err := odd.open(); err != nil {
+			return nil, fmt.Errorf("probe the throw-away host: %w", err)
+		}
+		defer odd.close()
+		sports = append(sports, odd.sourcePorts()...)
+	}
 	trip, err := ArmTripwire(w.Host, sports)
 	if err != nil {
 		return nil, fmt.Errorf("arm the tripwire: %w", err)
@@ -93,6 +115,11 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("probe the throw-away host: %w", err)
 	}
+	if odd != nil {
+		if err := odd.run(ctx, oddBeside, 0); err != nil {
+			return nil, fmt.Errorf("probe the throw-away host: %w", err)
+		}
+	}
 	proof, err := trip.proof()
 	if err != nil {
 		return nil, fmt.Errorf("read the tripwire: %w", err)
@@ -100,9 +127,14 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if err := trip.Remove(); err != nil {
 		return nil, fmt.Errorf("remove the tripwire: %w", err)
 	}
+	if odd != nil {
+		if err := odd.rest(ctx, w, cfg); err != nil {
+			return nil, fmt.Errorf("probe the throw-away host: %w", err)
+		}
+	}
 	report := Judge(JudgeConfig{
 		Target: "throw-away host for " + cfg.Name, Vantage: "throw-away outside",
-		Rules: cfg.Rules, Views: outlook.Views, HostProof: proof,
+		Rules: cfg.Rules, Views: outlook.Views, HostProof: proof, odd: odd,
 	}, res)
 	report.Listeners = &Listening{
 		ListedTCP: len(tcp.listed), ListedUDP: len(udp.listed), UnlistedTCP: len(tcp.unlisted), UnlistedUDP: len(udp.unlisted),
@@ -111,7 +143,10 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		report.Notes = append(report.Notes, "enforce = false: nothing is dropped, every port is reachable")
 	}
 	if other := otherProtocols(cfg.Rules.Policy); other != "" {
-		report.Notes = append(report.Notes, "not probed: "+other)
+		report.Notes = append(report.Notes, "not judged, whether what is listed gets in: "+other)
+	}
+	if note := oddNote(cfg.Thorough); note != "" {
+		report.Notes = append(report.Notes, note)
 	}
 	if len(outlook.Links) > 1 {
 		report.Notes = append(report.Notes, fmt.Sprintf("every port was probed by %s; by %s only those of the rules that name them",

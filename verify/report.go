@@ -37,6 +37,8 @@ type Report struct {
 	// openings are restricted to.
 	Restrictions []Restriction `json:"restrictions"`
 	Findings     []Finding     `json:"findings"`
+	// Odd tells of the adversarial probes; nil where none were sent.
+	Odd *OddProbes `json:"odd,omitempty"`
 	// Listeners is set when the host was ours to start listeners on.
 	Listeners *Listening `json:"listeners,omitempty"`
 	// Notes tell what the verdict does not cover.
@@ -111,6 +113,7 @@ type Finding struct {
 	Reason    string `json:"reason"`
 	Rule      string `json:"rule"` // that should admit it, or ""
 	Interface string `json:"interface,omitempty"`
+	Odd       string `json:"odd,omitempty"` // the kind of adversarial probe: "xmas from port 53"
 
 	source string
 }
@@ -128,6 +131,8 @@ type JudgeConfig struct {
 	Views           []View
 	// HostProof, if not nil, is what a tripwire on the host recorded.
 	HostProof *HostProof
+
+	odd *odd // nil: no odd probes
 }
 
 // HostProof is a tripwire's record of a run.
@@ -155,6 +160,9 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 		}
 	}
 	j.neverAdmitted()
+	if cfg.odd != nil {
+		j.odd(cfg.odd, res)
+	}
 	r.Notes = append(r.Notes, j.notes()...)
 	r.exact = cfg.HostProof != nil && !j.inexact
 	sort.SliceStable(r.Findings, func(a, b int) bool {
@@ -414,6 +422,7 @@ func (r *Report) WriteText(w io.Writer) error {
 	r.openings(&b)
 	r.rest(&b)
 	r.restrictions(&b)
+	r.oddText(&b)
 	for _, n := range r.Notes {
 		fmt.Fprintf(&b, "  note %s\n", n)
 	}
@@ -449,7 +458,7 @@ func (r *Report) findings(b *strings.Builder) {
 	}
 	var lines []*line
 	for _, f := range r.Findings {
-		kind := strings.Join([]string{f.Protocol, f.Expected, f.Observed.String(), f.Reason, f.Rule, f.Interface}, "\x00")
+		kind := strings.Join([]string{f.Protocol, f.Expected, f.Observed.String(), f.Reason, f.Rule, f.Interface, f.Odd}, "\x00")
 		lines = append(lines, &line{kind, f, []uint16{f.Port}, []string{f.source}})
 	}
 	lines = fold(lines, func(l *line) string { return l.kind + "\x00" + l.first.Probe },
@@ -475,6 +484,13 @@ func (r *Report) findings(b *strings.Builder) {
 		if f.Interface != "" {
 			by = " by " + f.Interface
 		}
+		reason, port := f.Reason, shorten(Ranges(l.ports), 60)+"/"+f.Protocol
+		if f.Odd != "" {
+			reason += " to " + f.Odd
+			if f.Port == 0 {
+				port = f.Protocol
+			}
+		}
 		sources := l.sources
 		more := ""
 		if n := len(sources) - 2; n > 0 {
@@ -484,8 +500,8 @@ func (r *Report) findings(b *strings.Builder) {
 			fmt.Fprintf(w, "  %s\t%d/%s\t%s\texpected %s%s\t%s\t\n", word, f.Port, f.Protocol, f.Observed, expected, rule, f.Reason)
 			continue
 		}
-		fmt.Fprintf(w, "  %s\t%s/%s\t%s\texpected %s%s\t%s\tfrom %s%s%s\n", word, shorten(Ranges(l.ports), 60), f.Protocol, f.Observed,
-			expected, rule, f.Reason, strings.Join(sources, ", "), more, by)
+		fmt.Fprintf(w, "  %s\t%s\t%s\texpected %s%s\t%s\tfrom %s%s%s\n", word, port, f.Observed,
+			expected, rule, reason, strings.Join(sources, ", "), more, by)
 	}
 	w.Flush() // into a strings.Builder: cannot fail
 	if n := len(lines) - mostFindings; n > 0 {

@@ -7,11 +7,13 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"deadlight/rules"
 	"deadlight/verify"
 )
 
 func newTryCommand(e env) *cobra.Command {
 	var asJSON bool
+	var thorough int
 	c := &cobra.Command{
 		Use:     "try POLICY [-- COMMAND [ARG...]]",
 		GroupID: groupTry,
@@ -20,7 +22,10 @@ func newTryCommand(e env) *cobra.Command {
 loads the policy there, starts listeners behind open and closed ports alike,
 runs COMMAND on that host if one is given, probes all TCP and UDP ports over
 IPv4 and IPv6 from outside, and reports what it saw. Restricted openings are
-looked at from inside, from the edges of and from beside what they admit.
+looked at from inside, from the edges of and from beside what they admit. Then come
+adversarial probes: other flags, source ports, fragments, IP options, extension
+headers, protocols and ICMP queries, to every address of that host, and plain ones
+while the ruleset is loaded again; --thorough says how many.
 
 Needs no root, and touches nothing of this machine. Where an ordinary user may
 not make user namespaces, run it with sudo.
@@ -44,14 +49,54 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			return nil
 		},
 		RunE: func(c *cobra.Command, args []string) error {
-			return try(c.Context(), e, args[0], args[1:], asJSON)
+			if !c.Flags().Changed(thoroughFlag) {
+				thorough = -1
+			}
+			return try(c.Context(), e, args[0], args[1:], thorough, asJSON)
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")
+	addThorough(c, &thorough)
 	return c
 }
 
-func try(ctx context.Context, e env, file string, command []string, asJSON bool) error {
+const thoroughFlag = "thorough"
+
+// addThorough adds the flag of the adversarial probes; without it the policy says.
+func addThorough(c *cobra.Command, n *int) {
+	c.Flags().IntVar(n, thoroughFlag, 1, "adversarial probes: 0 none, 1 all that are quick, 2 more, the slow ones too; else as [verify] says")
+}
+
+// thoroughOf is the level that the flag, or else the policy, asks for; -1 stands
+// for a flag that was not given.
+func thoroughOf(rs *rules.Ruleset, flag int) int {
+	if flag < 0 {
+		return rs.Policy.Verify.Thorough
+	}
+	return flag
+}
+
+// checkThorough refuses what no level is.
+func checkThorough(n int) error {
+	if n < -1 || n > 2 {
+		return usageError("", "--thorough runs from 0 to 2: %d", n)
+	}
+	return nil
+}
+
+// reloadOf is another ruleset of the same policy: nothing is open by name, and
+// echo is the other way round.
+func reloadOf(rs *rules.Ruleset) *rules.Ruleset {
+	p := *rs.Policy
+	p.Open = nil
+	p.ICMP.Echo = !p.ICMP.Echo
+	return rules.Compile(&p)
+}
+
+func try(ctx context.Context, e env, file string, command []string, thorough int, asJSON bool) error {
+	if err := checkThorough(thorough); err != nil {
+		return err
+	}
 	if !verify.Isolated() {
 		return tryIsolated(ctx, e, file)
 	}
@@ -66,6 +111,14 @@ func try(ctx context.Context, e env, file string, command []string, asJSON bool)
 	report, err := verify.Rehearse(ctx, verify.RehearseConfig{
 		Name: file, Rules: rs, Command: command, Stdout: e.stderr, Stderr: e.stderr,
 		Load: func() error {
+			_, err := applyHere(rs)
+			return err
+		},
+		Thorough: thoroughOf(rs, thorough),
+		Reload: func() error {
+			if _, err := applyHere(reloadOf(rs)); err != nil {
+				return err
+			}
 			_, err := applyHere(rs)
 			return err
 		},

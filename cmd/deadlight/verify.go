@@ -20,6 +20,7 @@ type verifyFlags struct {
 	canaries []uint
 	in       string
 	maxRate  int
+	thorough int
 	json     bool
 }
 
@@ -35,13 +36,18 @@ the outside; the probes need root (CAP_NET_RAW). Probe only hosts that are yours
 
 Silence counts as filtered only while the path is proven alive by ports that
 must answer: a listed TCP port, echo, or --canary. Over UDP silence cannot tell
-a filter from a service that does not answer; the report says so.
+a filter from a service that does not answer; the report says so. Adversarial
+probes (other flags, source ports, fragments, options, protocols) follow the sweep;
+--thorough says how many. Probes other than of TCP and UDP need --ports all.
 
 Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 		Example: `  sudo deadlight verify policy.toml --target 192.0.2.10
   sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10 --ports tcp`,
 		Args: atMostPolicy,
 		RunE: func(c *cobra.Command, args []string) error {
+			if !c.Flags().Changed(thoroughFlag) {
+				f.thorough = -1
+			}
 			return verifyTargets(c.Context(), e, policyArg(args), f)
 		},
 	}
@@ -50,6 +56,7 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 	c.Flags().UintSliceVar(&f.canaries, "canary", nil, "a TCP port that surely answers, repeatable")
 	c.Flags().StringVar(&f.in, "in", "", "the target's interface by which the probes enter, if you know it")
 	c.Flags().IntVar(&f.maxRate, "max-rate", 0, "packets per second at most (0: as fast as the path bears)")
+	addThorough(c, &f.thorough)
 	c.Flags().BoolVar(&f.json, "json", false, "print one JSON object")
 	return c
 }
@@ -64,6 +71,9 @@ func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error
 	}
 	if f.maxRate < 0 {
 		return usageError("", "--max-rate runs from 0 up: %d", f.maxRate)
+	}
+	if err := checkThorough(f.thorough); err != nil {
+		return err
 	}
 	var targets []netip.Addr
 	for _, t := range f.targets {
@@ -87,6 +97,7 @@ func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error
 	line := newProgress(e.stderr)
 	report, err := verify.Look(ctx, verify.LookConfig{
 		Rules: rs, Targets: targets, Ports: ports, Canaries: canaries, In: f.in, MaxRate: f.maxRate,
+		Thorough: thoroughOf(rs, f.thorough),
 		Progress: func(sent, total uint64) { line.update("probing "+strings.Join(f.targets, ", "), sent, total) },
 	})
 	line.done()
