@@ -142,7 +142,7 @@ func planOdd(cfg oddConfig) *odd {
 	}
 	n := 0
 	if each > 0 {
-		n = min(max((cfg.budget-fixed)*oddCanaryEvery/(oddCanaryEvery+1)/each, 1), most)
+		n = min(max((cfg.budget-fixed)*oddCanaryEvery/(oddCanaryEvery+1)/each, 2), most)
 	}
 	for i := range kinds {
 		for v := range cfg.views {
@@ -191,7 +191,7 @@ func (o *odd) fits(k *oddKind, view int) bool {
 func (o *odd) add(k *oddKind, view, n int) {
 	v := &o.cfg.views[view]
 	sport := k.sport
-	if sport == 0 && !k.port0 && k.protos == nil {
+	if sport == 0 && k.protos == nil {
 		if len(o.ports) == 0 {
 			return
 		}
@@ -237,13 +237,15 @@ func (o *odd) add(k *oddKind, view, n int) {
 	ports := o.sample(k)
 	for taken := 0; len(ports) > 0 && taken < n; ports = ports[1:] {
 		x := make(k.proto, ports[0])
-		if x.expect.Outcome == rules.OutcomeOpen || x.expect.Either {
+		// A port that is open to a SYN may answer what follows one: that betrays nothing.
+		plain := e.decide(rules.Packet{Src: x.src, Dst: x.dst, Protocol: k.proto, SrcPort: sport, DstPort: x.dport})
+		if x.expect.Outcome == rules.OutcomeOpen || x.expect.Either || plain.Outcome == rules.OutcomeOpen || plain.Either {
 			continue
 		}
 		o.probes = append(o.probes, x)
 		taken++
 	}
-	if k.quiet || k.stage == oddReload {
+	if k.quiet || k.flow != rules.NewFlow || k.stage == oddReload {
 		return
 	}
 	for _, port := range o.controls(k, v) {
@@ -337,11 +339,41 @@ func (e expecter) decide(p rules.Packet) Expectation {
 func (o *odd) sourcePorts() []uint16 {
 	var out []uint16
 	for _, x := range o.probes {
-		if x.kind.stage == oddBeside && x.sport != 0 {
+		if x.kind.stage == oddBeside && x.sport != 0 && (x.proto == rules.TCP || x.proto == rules.UDP) {
 			out = append(out, x.sport)
 		}
 	}
 	return union(nil, out)
+}
+
+// sources are those of the probes that are neither TCP nor UDP.
+func (o *odd) sources() []TripwireSource {
+	var out []TripwireSource
+	for _, x := range o.probes {
+		if x.kind.stage == oddBeside && x.proto != rules.TCP && x.proto != rules.UDP {
+			for _, p := range x.passages() {
+				out = append(out, TripwireSource{p.Protocol, p.SrcPort})
+			}
+		}
+	}
+	return out
+}
+
+// passages are how a tripwire may name the probe.
+func (x *oddProbe) passages() []Passage {
+	p := Passage{SrcPort: x.sport, DstPort: x.dport, Protocol: x.proto, IPv6: x.dst.Is6()}
+	if x.kind.icmp != 0 {
+		p.DstPort = uint16(x.kind.icmp) << 8
+		if x.proto == rules.ICMPv6 && x.kind.icmp == icmp6NodeInfo {
+			p.SrcPort = nodeName // conntrack takes the kind of question for the identifier
+		}
+	}
+	switch x.proto {
+	case rules.SCTP, protoDCCP, protoUDPLite:
+		// Conntrack knows the ports of these only where it is built for them.
+		return []Passage{p, {Protocol: x.proto, IPv6: p.IPv6}}
+	}
+	return []Passage{p}
 }
 
 // open makes the sockets, in the network namespace of the calling thread, and

@@ -30,6 +30,7 @@ const (
 	icmp4MaskReply        = 18
 	icmp6NodeInfo         = 139
 	icmp6NodeInfoReply    = 140
+	nodeName              = 2 // the question: RFC 4620 section 5
 
 	protoDCCP    rules.Protocol = 33
 	protoUDPLite rules.Protocol = 136
@@ -119,7 +120,7 @@ func (x *oddProbe) oddICMP(proto rules.Protocol, typ uint8) []byte {
 		// RFC 4620: a query for the node's name, told by its nonce.
 		h = make([]byte, 16+16)
 		h[0] = typ
-		binary.BigEndian.PutUint16(h[4:], 2)
+		binary.BigEndian.PutUint16(h[4:], nodeName)
 		binary.BigEndian.PutUint16(h[8:], x.sport)
 		binary.BigEndian.PutUint32(h[10:], x.number)
 		copy(h[16:], x.dst.AsSlice())

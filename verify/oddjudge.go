@@ -225,8 +225,9 @@ func (j *judge) odd(o *odd, res *Result) {
 				j.oddFinding([]*oddProbe{x}, x.answer)
 			}
 		case j.cfg.HostProof != nil && x.kind.stage == oddBeside:
-			key := Passage{SrcPort: x.sport, DstPort: x.dport, Protocol: x.proto, IPv6: x.dst.Is6()}
-			passed[key] = append(passed[key], x)
+			for _, key := range x.passages() {
+				passed[key] = append(passed[key], x)
+			}
 		}
 	}
 	for key, probes := range passed {
@@ -330,6 +331,9 @@ func (j *judge) oddFinding(probes []*oddProbe, a Answer) {
 		Family: familyOf(x.dst), Address: strings.Join(to, " or "), Protocol: x.proto.String(), Port: x.dport,
 		Odd: strings.Join(names, " or "), Expected: x.expect.Outcome.String(), Observed: a.State, Reason: a.Reason.String(),
 		Rule: x.expect.Rule, Interface: j.inOf(x), source: x.src.String(),
+	}
+	if slices.ContainsFunc(probes, func(p *oddProbe) bool { return p.dport != x.dport }) {
+		f.Port = 0
 	}
 	f.Probe = f.Odd + " from " + f.source
 	if f.Interface != "" {

@@ -40,10 +40,10 @@ type oddKind struct {
 	proto  rules.Protocol
 	protos []rules.Protocol // instead of proto, where there are no ports
 	sport  uint16           // 0: one of its own
-	port0  bool             // to port 0; zero sport then means zero too
+	port0  bool             // to port 0
 	icmp   uint8            // the type
 	flow   rules.Flow       // what conntrack makes of it
-	quiet  bool             // even a stack without firewall may keep silent to it on an open port
+	quiet  bool             // an open port may be silent to it, or busy with another kind from the same port
 	stage  oddStage
 	place  oddPlace
 	frames func(x *oddProbe) [][]byte
@@ -84,7 +84,7 @@ func oddKinds() []oddKind {
 		kinds = append(kinds, oddKind{name: fmt.Sprintf("syn from port %d", p), proto: rules.TCP, sport: p, frames: tcp(flagSYN)})
 	}
 	for _, p := range []uint16{20, 53, 80, 443} {
-		kinds = append(kinds, oddKind{name: fmt.Sprintf("ack from port %d", p), proto: rules.TCP, sport: p, frames: tcp(flagACK)})
+		kinds = append(kinds, oddKind{name: fmt.Sprintf("ack from port %d", p), proto: rules.TCP, sport: p, quiet: true, frames: tcp(flagACK)})
 	}
 	for _, p := range []uint16{53, 67, 68, 88, 123, 137, 500, 547, 1900, 4500, 5353} {
 		kinds = append(kinds, oddKind{name: fmt.Sprintf("datagram from port %d", p), proto: rules.UDP, sport: p, frames: udp})
@@ -93,27 +93,22 @@ func oddKinds() []oddKind {
 	// Fragments: within the TCP header, where no rule sees flags in the first nor
 	// ports in the last, and behind it.
 	const data = "sixteen bytes or" + "so many again..."
-	fragmented := func(l4 func(x *oddProbe) []byte, cut int, reversed bool) func(x *oddProbe) [][]byte {
+	fragmented := func(l4 func(x *oddProbe) []byte, cut int) func(x *oddProbe) [][]byte {
 		return func(x *oddProbe) [][]byte {
-			out := x.fragments(l4(x), cut, true)
-			if reversed {
-				slices.Reverse(out)
-			}
-			return out
+			return x.fragments(l4(x), cut, true)
 		}
 	}
 	syn := func(x *oddProbe) []byte { return x.oddTCP(flagSYN, nil) }
 	full := func(x *oddProbe) []byte { return x.oddTCP(flagSYN, []byte(data)) }
 	datagram := func(x *oddProbe) []byte { return x.oddUDP(rules.UDP, []byte(data)) }
 	kinds = append(kinds,
-		oddKind{name: "syn cut within its header", proto: rules.TCP, stage: oddBare, quiet: true, frames: fragmented(syn, 8, false)},
-		oddKind{name: "fragmented syn", proto: rules.TCP, stage: oddBare, frames: fragmented(full, 24, false)},
-		oddKind{name: "fragmented syn, last part first", proto: rules.TCP, stage: oddBare, frames: fragmented(full, 24, true)},
-		oddKind{name: "fragmented datagram", proto: rules.UDP, stage: oddBare, frames: fragmented(datagram, 16, false)},
+		oddKind{name: "syn cut within its header", proto: rules.TCP, stage: oddBare, quiet: true, frames: fragmented(syn, 8)},
+		oddKind{name: "fragmented syn", proto: rules.TCP, stage: oddBare, frames: fragmented(full, 24)},
+		oddKind{name: "fragmented datagram", proto: rules.UDP, stage: oddBare, frames: fragmented(datagram, 16)},
 		oddKind{name: "lone first fragment", level: 2, proto: rules.TCP, stage: oddBare, quiet: true, frames: func(x *oddProbe) [][]byte {
 			return x.fragments(x.oddTCP(flagSYN, []byte(data)), 24, false)
 		}},
-		oddKind{name: "atomic fragment", only: rules.IPv6, proto: rules.TCP, frames: func(x *oddProbe) [][]byte {
+		oddKind{name: "atomic fragment", only: rules.IPv6, proto: rules.TCP, stage: oddBare, frames: func(x *oddProbe) [][]byte {
 			return x.behind(x.oddTCP(flagSYN, nil), atomic6())
 		}},
 	)
@@ -154,8 +149,8 @@ func oddKinds() []oddKind {
 		k := oddKind{name: "syn behind " + h.name, only: rules.IPv6, proto: rules.TCP, quiet: h.refused, frames: func(x *oddProbe) [][]byte {
 			return x.behind(x.oddTCP(flagSYN, nil), h.headers...)
 		}}
-		if h.refused {
-			k.stage = oddBare // some never come to where a tripwire counts
+		if h.refused && h.headers[0].kind == unix.IPPROTO_HOPOPTS {
+			k.stage = oddBare // it never comes to where a tripwire counts
 		}
 		kinds = append(kinds, k)
 	}

@@ -92,6 +92,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		paths[i], sports[i] = v.Path, v.Path.SrcPort
 	}
 	var odd *odd
+	var others []TripwireSource
 	if cfg.Thorough > 0 {
 		views, err := oddViews(w, cfg.Rules, outlook)
 		if err != nil {
@@ -106,8 +107,9 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		}
 		defer odd.close()
 		sports = append(sports, odd.sourcePorts()...)
+		others = odd.sources()
 	}
-	trip, err := ArmTripwire(w.Host, sports)
+	trip, err := ArmTripwire(w.Host, sports, others...)
 	if err != nil {
 		return nil, fmt.Errorf("arm the tripwire: %w", err)
 	}

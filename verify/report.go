@@ -486,7 +486,7 @@ func (r *Report) findings(b *strings.Builder) {
 		}
 		reason, port := f.Reason, shorten(Ranges(l.ports), 60)+"/"+f.Protocol
 		if f.Odd != "" {
-			reason += " to " + f.Odd
+			reason += map[bool]string{true: " for ", false: " to "}[f.Observed == Unknown] + f.Odd
 			if f.Port == 0 {
 				port = f.Protocol
 			}
