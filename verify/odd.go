@@ -110,7 +110,8 @@ type odd struct {
 	slowest time.Duration           // round trip of a canary
 	routers int                     // errors from somebody who is not the host
 	packets uint64
-	stages  [3]bool // that were run to their end
+	begun   bool // a stage has ended
+	elapsed time.Duration
 }
 
 // planOdd chooses the probes; nothing is sent yet.
@@ -381,15 +382,7 @@ func (x *oddProbe) passages() []Passage {
 func (o *odd) open() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	var four, six []netip.Addr
-	for i := range o.cfg.views {
-		if a := o.cfg.views[i].Path.Src; a.Is4() {
-			four = append(four, a)
-		} else {
-			six = append(six, a)
-		}
-	}
-	filter, err := toUsFilter(four, six)
+	filter, err := toUsFilter(o.cfg.views)
 	if err != nil {
 		return err
 	}
@@ -431,18 +424,33 @@ func (o *odd) close() {
 	}
 }
 
-// toUsFilter lets everything pass that may be for one of the sources.
-func toUsFilter(four, six []netip.Addr) ([]bpf.RawInstruction, error) {
+// toUsFilter lets pass what may be from the probed addresses to our sources, and
+// ICMP from anybody. It need not be exact, only cheap: see [answerFilter].
+func toUsFilter(views []View) ([]bpf.RawInstruction, error) {
+	var ours, theirs [2][]netip.Addr // IPv4, IPv6
+	for i := range views {
+		p, f := &views[i].Path, 0
+		if p.Dst.Is6() {
+			f = 1
+		}
+		ours[f], theirs[f] = append(ours[f], p.Src), append(theirs[f], p.Dst)
+	}
 	const accept, reject = "accept", "reject"
 	var a assembler
 	a.add(bpf.LoadExtension{Num: bpf.ExtProto})
 	a.jump(bpf.JumpEqual, unix.ETH_P_IP, "ipv4", "")
 	a.jump(bpf.JumpEqual, unix.ETH_P_IPV6, "ipv6", reject)
 	a.label("ipv4")
-	a.prefix(16, four, reject)
+	a.prefix(16, ours[0], reject)
+	a.add(bpf.LoadAbsolute{Off: 9, Size: 1})
+	a.jump(bpf.JumpEqual, unix.IPPROTO_ICMP, accept, "")
+	a.prefix(12, theirs[0], reject)
 	a.goTo(accept)
 	a.label("ipv6")
-	a.prefix(24, six, reject)
+	a.prefix(24, ours[1], reject)
+	a.add(bpf.LoadAbsolute{Off: 6, Size: 1})
+	a.jump(bpf.JumpEqual, unix.IPPROTO_ICMPV6, accept, "")
+	a.prefix(8, theirs[1], reject)
 	a.label(accept)
 	a.add(bpf.RetConstant{Val: ringSnap})
 	a.label(reject)
@@ -710,7 +718,9 @@ func (o *odd) run(ctx context.Context, stage oddStage, reassembly time.Duration)
 	if len(lone)+len(list) == 0 {
 		return nil
 	}
-	if err := o.demand(ctx, !slices.Contains(o.stages[:], true)); err != nil {
+	start := time.Now()
+	defer func() { o.elapsed += time.Since(start) }()
+	if err := o.demand(ctx, !o.begun); err != nil {
 		return err
 	}
 	began := time.Now()
@@ -749,10 +759,25 @@ func (o *odd) run(ctx context.Context, stage oddStage, reassembly time.Duration)
 			return err
 		}
 	}
+	return o.end(ctx)
+}
+
+// end closes a stage: every path must be alive behind it, and our own ring must
+// have had room for every answer.
+func (o *odd) end(ctx context.Context) error {
 	if err := o.demand(ctx, false); err != nil {
 		return err
 	}
-	o.stages[stage] = true
+	drops, err := o.ring.drops()
+	if err != nil {
+		return err
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i := range o.paths {
+		o.paths[i].alive = o.paths[i].alive && drops == 0
+	}
+	o.begun = true
 	return nil
 }
 
@@ -768,7 +793,9 @@ func (o *odd) across(ctx context.Context, reload func() error) error {
 	if len(list) == 0 {
 		return nil
 	}
-	if err := o.demand(ctx, !slices.Contains(o.stages[:], true)); err != nil {
+	start := time.Now()
+	defer func() { o.elapsed += time.Since(start) }()
+	if err := o.demand(ctx, !o.begun); err != nil {
 		return err
 	}
 	done := make(chan error, 1)
@@ -791,11 +818,7 @@ func (o *odd) across(ctx context.Context, reload func() error) error {
 			if err != nil {
 				return fmt.Errorf("load the ruleset again: %w", err)
 			}
-			if err := o.demand(ctx, false); err != nil {
-				return err
-			}
-			o.stages[oddReload] = true
-			return nil
+			return o.end(ctx)
 		default:
 		}
 		if err := o.transmit(ctx, list[i%len(list)]); err != nil {

@@ -1,7 +1,9 @@
 package verify
 
 import (
+	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"slices"
@@ -325,4 +327,166 @@ func TestOddKindsAreAllTested(t *testing.T) {
 			t.Errorf("nothing tests %q", k.name)
 		}
 	}
+}
+
+// look probes the target of a world at some ports, with a listed port 80 and
+// listeners at 80, 81 and 82.
+func (w *world) look(ports string, thorough int) *Report {
+	w.t.Helper()
+	l, err := Listen(func(fn func() error) error {
+		var err error
+		w.target.do(func() { err = fn() })
+		return err
+	}, []uint16{80, 81, 82}, []uint16{81})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { l.Close() })
+	spec, err := ParsePorts(ports)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	var r *Report
+	w.vantage.do(func() {
+		r, err = Look(context.Background(), LookConfig{
+			Rules: compileText(w.t, "[open.web]\nports = 80\n"), Targets: []netip.Addr{target4, target6}, Ports: spec, Thorough: thorough,
+		})
+		w.vantage.must(err)
+	})
+	return r
+}
+
+// gate drops whatever the given rules do not decide, ahead of the stack's own
+// complaints about options.
+func (w *world) gate(rules string) {
+	w.t.Helper()
+	w.target.nft("table inet t {\n chain gate {\n  type filter hook prerouting priority -110; policy drop;\n" + rules +
+		"\n  ct state invalid drop\n  tcp dport 80 accept\n  icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept\n }\n" +
+		" chain out { type filter hook output priority 0; icmpv6 type parameter-problem icmpv6 code 2 drop; }\n}\n")
+}
+
+func TestLookSendsOddProbes(t *testing.T) {
+	w := newWorld(t)
+	w.gate("ip daddr 10.9.0.2 tcp sport 53 tcp flags == syn accept")
+	r := w.look("1-3000/tcp", 1)
+	if r.Verdict != Fail || len(r.Findings) == 0 {
+		t.Fatalf("verdict %s:\n%s", r.Verdict, text(t, r))
+	}
+	for _, f := range r.Findings {
+		if f.Odd != "syn from port 53" || f.Family != "ipv4" || f.Address != "10.9.0.2" || f.Protocol != "tcp" || f.Port == 80 || f.Expected != "filtered" ||
+			(f.Reason != "rst" && f.Reason != "syn-ack") {
+			t.Errorf("%+v", f)
+		}
+	}
+	if !strings.Contains(text(t, r), "to syn from port 53") {
+		t.Errorf("the text does not name the kind:\n%s", text(t, r))
+	}
+	for _, k := range r.Odd.Kinds {
+		for _, other := range []string{"datagram", "sctp", "dccp", "protocol", "request", "query", "broadcast", "reload"} {
+			if strings.Contains(k.Name, other) {
+				t.Errorf("--ports 1-3000/tcp, but %q was sent", k.Name)
+			}
+		}
+	}
+	if r := w.look0(t); r.Verdict != Pass || r.Odd != nil {
+		t.Errorf("at level 0: verdict %s, %+v", r.Verdict, r.Odd)
+	}
+}
+
+// look0 looks at the same host without odd probes.
+func (w *world) look0(t *testing.T) *Report {
+	t.Helper()
+	spec, _ := ParsePorts("1-3000/tcp")
+	var r *Report
+	w.vantage.do(func() {
+		var err error
+		r, err = Look(context.Background(), LookConfig{Rules: compileText(t, "[open.web]\nports = 80\n"), Targets: []netip.Addr{target4}, Ports: spec})
+		w.vantage.must(err)
+	})
+	return r
+}
+
+// Where something on the way drops a kind, its silence is not sold as proof.
+func TestOddProbesSayWhatTheWayDrops(t *testing.T) {
+	w := newWorld(t)
+	w.gate("")
+	w.target.nft("table ip way { chain p { type filter hook prerouting priority -500; ip frag-off & 0x3fff != 0 drop; ip hdrlength > 5 drop; }; }\n" +
+		"table ip6 way { chain p { type filter hook prerouting priority -500; exthdr frag exists drop; }; }")
+	r := w.look("1-3000/tcp", 1)
+	note := ""
+	for _, n := range r.Notes {
+		if strings.HasPrefix(n, "silent also where") {
+			note = n
+		}
+	}
+	for _, kind := range []string{"fragmented syn", "syn with record route", "atomic fragment"} {
+		if !strings.Contains(note, kind) {
+			t.Errorf("the note does not name %q: %q", kind, note)
+		}
+	}
+	if strings.Contains(note, "ack from") || strings.Contains(note, "syn from") || strings.Contains(note, "hop-by-hop") || r.Verdict != Pass {
+		t.Errorf("verdict %s, note %q", r.Verdict, note)
+	}
+}
+
+// On a path that died behind the sweep the silence of odd probes is unknown.
+func TestOddProbesOnADeadPath(t *testing.T) {
+	for name, last := range map[string]bool{"dead from the start": false, "dead at the end": true} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.gate("")
+			rs := compileText(t, "[open.web]\nports = 80\n")
+			v := View{Sweep: true, Path: w.path(false, portRange(1, 2000), nil, Canary{CanaryTCP, 80})}
+			o := planOdd(oddConfig{rules: rs, views: []View{v}, swept: Ports{TCP: v.Path.TCP}, level: 1, budget: 500})
+			w.vantage.do(func() { w.vantage.must(o.open()) })
+			defer o.close()
+			kill := func() {
+				w.target.nft("table ip dead { chain p { type filter hook prerouting priority -500; policy drop; }; }")
+			}
+			if !last {
+				kill()
+			}
+			if err := o.run(context.Background(), oddBeside, 0); err != nil {
+				t.Fatal(err)
+			}
+			if last {
+				kill()
+			}
+			if err := o.run(context.Background(), oddBare, 0); err != nil {
+				t.Fatal(err)
+			}
+			silent := make([]Answer, 2000)
+			for i := range silent {
+				silent[i] = Answer{Filtered, NoResponse}
+			}
+			silent[79] = Answer{Open, SynAck}
+			r := Judge(JudgeConfig{Rules: rs, Views: []View{v}, odd: o}, &Result{Paths: []PathResult{{TCP: silent, Alive: true}}, Bound: 1e-9})
+			if r.Verdict != Inconclusive || len(r.Findings) != 1 || r.Findings[0].Observed != Unknown || r.Findings[0].Address != "10.9.0.2" {
+				t.Errorf("verdict %s, %+v", r.Verdict, r.Findings)
+			}
+		})
+	}
+}
+
+// Strangers send what they like: no packet makes the parser fall.
+func FuzzParseOddReply(f *testing.F) {
+	for _, v6 := range []bool{false, true} {
+		x := &oddProbe{src: testSrc4, dst: netip.MustParseAddr("203.0.113.9"), link: Link{Src: make([]byte, 6), Dst: make([]byte, 6)}, sport: 1, dport: 2}
+		for _, k := range oddKinds() {
+			if x.kind, x.proto = &k, k.proto; !k.only.Has(!v6) {
+				continue
+			}
+			if v6 {
+				x.src, x.dst = testSrc6, netip.MustParseAddr("2001:db8::9")
+			}
+			for _, frame := range k.frames(x) {
+				f.Add(frame[etherLen:])
+			}
+		}
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if r, ok := parseOddReply(b); ok && (!r.key.ours.IsValid() || !r.from.IsValid()) {
+			t.Errorf("an answer without addresses: %+v", r)
+		}
+	})
 }

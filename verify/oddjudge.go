@@ -199,9 +199,11 @@ func (j *judge) odd(o *odd, res *Result) {
 	r := &OddProbes{Packets: o.packets, Addresses: []string{}, Kinds: []OddKind{}}
 	j.report.Odd = r
 	j.report.Probes += o.packets
+	j.report.Seconds += o.elapsed.Seconds()
 	kinds := map[string]*OddKind{}
 	var order []string
-	passed := map[Passage][]*oddProbe{}
+	known := j.knownHoles()
+	passed, open := map[Passage][]*oddProbe{}, map[Passage]bool{}
 	for _, x := range o.probes {
 		k := kinds[x.kind.name]
 		if k == nil {
@@ -213,12 +215,17 @@ func (j *judge) odd(o *odd, res *Result) {
 		if to := x.dst.String(); !slices.Contains(r.Addresses, to) {
 			r.Addresses = append(r.Addresses, to)
 		}
+		if x.control {
+			for _, key := range x.passages() {
+				open[key] = true
+			}
+		}
 		switch {
 		case x.control && x.answers > 0:
 			k.Control = "answered"
 		case x.control && k.Control == "none":
 			k.Control = "silent"
-		case x.control:
+		case x.control, known[hole{x.dst.Is4(), x.proto.String(), x.dport}]:
 		case x.answers > 0:
 			if !x.expect.agrees(x.answer, x.proto) {
 				k.Answered++
@@ -233,6 +240,8 @@ func (j *judge) odd(o *odd, res *Result) {
 	for key, probes := range passed {
 		var a Answer
 		switch {
+		case open[key]: // by another interface, from the same port: the tripwire cannot tell them apart
+			continue
 		case j.cfg.HostProof.Passed[key]:
 			a = Answer{Closed, PassedFirewall}
 		case j.cfg.HostProof.Gate[key] && !j.cfg.Rules.Policy.Default.IgnorePublished:
@@ -261,6 +270,24 @@ func (j *judge) odd(o *odd, res *Result) {
 	for i := range o.cfg.views {
 		j.oddPath(o, i, res)
 	}
+}
+
+// hole is a port that the sweep found not as the policy says.
+type hole struct {
+	v4       bool
+	protocol string
+	port     uint16
+}
+
+// knownHoles are what odd probes need not tell again.
+func (j *judge) knownHoles() map[hole]bool {
+	out := map[hole]bool{}
+	for _, f := range j.report.Findings {
+		if f.Observed != Unknown {
+			out[hole{f.Family == "ipv4", f.Protocol, f.Port}] = true
+		}
+	}
+	return out
 }
 
 // oddPath tells where the silence of odd probes proves nothing.
@@ -362,7 +389,12 @@ func (r *Report) oddText(b *strings.Builder) {
 		}
 	}
 	outcome := "none got through"
-	if answered > 0 {
+	switch {
+	case answered == 0 && r.Verdict == Fail:
+		outcome = "no more than the rest of the report tells"
+	case answered == 0 && r.Verdict == Inconclusive:
+		outcome = "no answer that should not be"
+	case answered > 0:
 		outcome = count(answered, "kind", "kinds") + " got through"
 	}
 	fmt.Fprintf(b, "       %-14s %s, %s to %s: %s\n", "odd probes", count(len(r.Odd.Kinds), "kind", "kinds"),

@@ -49,8 +49,8 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			return nil
 		},
 		RunE: func(c *cobra.Command, args []string) error {
-			if !c.Flags().Changed(thoroughFlag) {
-				thorough = -1
+			if err := checkThorough(c, &thorough); err != nil {
+				return err
 			}
 			return try(c.Context(), e, args[0], args[1:], thorough, asJSON)
 		},
@@ -67,21 +67,23 @@ func addThorough(c *cobra.Command, n *int) {
 	c.Flags().IntVar(n, thoroughFlag, 1, "adversarial probes: 0 none, 1 all that are quick, 2 more, the slow ones too; else as [verify] says")
 }
 
-// thoroughOf is the level that the flag, or else the policy, asks for; -1 stands
-// for a flag that was not given.
+// checkThorough refuses what no level is; a flag that was not given becomes -1.
+func checkThorough(c *cobra.Command, n *int) error {
+	switch {
+	case !c.Flags().Changed(thoroughFlag):
+		*n = -1
+	case *n < 0 || *n > 2:
+		return usageError("", "--thorough runs from 0 to 2: %d", *n)
+	}
+	return nil
+}
+
+// thoroughOf is the level that the flag, or else the policy, asks for.
 func thoroughOf(rs *rules.Ruleset, flag int) int {
 	if flag < 0 {
 		return rs.Policy.Verify.Thorough
 	}
 	return flag
-}
-
-// checkThorough refuses what no level is.
-func checkThorough(n int) error {
-	if n < -1 || n > 2 {
-		return usageError("", "--thorough runs from 0 to 2: %d", n)
-	}
-	return nil
 }
 
 // reloadOf is another ruleset of the same policy: nothing is open by name, and
@@ -94,9 +96,6 @@ func reloadOf(rs *rules.Ruleset) *rules.Ruleset {
 }
 
 func try(ctx context.Context, e env, file string, command []string, thorough int, asJSON bool) error {
-	if err := checkThorough(thorough); err != nil {
-		return err
-	}
 	if !verify.Isolated() {
 		return tryIsolated(ctx, e, file)
 	}

@@ -45,8 +45,8 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
   sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10 --ports tcp`,
 		Args: atMostPolicy,
 		RunE: func(c *cobra.Command, args []string) error {
-			if !c.Flags().Changed(thoroughFlag) {
-				f.thorough = -1
+			if err := checkThorough(c, &f.thorough); err != nil {
+				return err
 			}
 			return verifyTargets(c.Context(), e, policyArg(args), f)
 		},
@@ -71,9 +71,6 @@ func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error
 	}
 	if f.maxRate < 0 {
 		return usageError("", "--max-rate runs from 0 up: %d", f.maxRate)
-	}
-	if err := checkThorough(f.thorough); err != nil {
-		return err
 	}
 	var targets []netip.Addr
 	for _, t := range f.targets {
