@@ -104,6 +104,9 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	r := Judge(JudgeConfig{
 		Target: strings.Join(names, ", "), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: views, odd: odd,
 	}, res)
+	if other := otherProtocols(cfg.Rules.Policy, nil); other != "" {
+		r.Notes = append(r.Notes, "not judged, whether what is listed gets in: "+other)
+	}
 	if note := oddNote(cfg.Thorough); note != "" {
 		r.Notes = append(r.Notes, note)
 	}

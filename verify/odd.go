@@ -62,6 +62,7 @@ type oddProbe struct {
 	number       uint32
 	expect       Expectation
 	control      bool // the policy opens it: it shows that the kind gets there
+	listed       bool // the policy names it: a tripwire shows whether it gets in
 	canary       bool
 
 	sent uint64
@@ -219,7 +220,9 @@ func (o *odd) add(k *oddKind, view, n int) {
 		return x
 	}
 	take := func(x *oddProbe) {
-		if x.expect.Outcome != rules.OutcomeOpen && !x.expect.Either {
+		open := x.expect.Outcome == rules.OutcomeOpen
+		x.listed = open && o.cfg.own && !x.expect.Limited && k.icmp == 0 && o.names(x.proto, x.dport)
+		if !x.expect.Either && (!open || x.listed) {
 			o.probes = append(o.probes, x)
 		}
 	}
@@ -246,6 +249,13 @@ func (o *odd) add(k *oddKind, view, n int) {
 		o.probes = append(o.probes, x)
 		taken++
 	}
+	if k.proto == rules.SCTP {
+		for _, port := range o.listedSCTP() {
+			if x := make(k.proto, port); x.expect.Outcome == rules.OutcomeOpen {
+				take(x)
+			}
+		}
+	}
 	if k.quiet || k.flow != rules.NewFlow || k.stage == oddReload {
 		return
 	}
@@ -256,6 +266,24 @@ func (o *odd) add(k *oddKind, view, n int) {
 			return
 		}
 	}
+}
+
+// names reports whether an opening names a protocol, and not just every one.
+func (o *odd) names(proto rules.Protocol, port uint16) bool {
+	return slices.ContainsFunc(o.cfg.rules.OpensAt(proto, port), func(open *rules.Open) bool { return !open.Any })
+}
+
+// listedSCTP are the ports of SCTP that openings name, the first ones of many.
+func (o *odd) listedSCTP() []uint16 {
+	var out []uint16
+	for i := range o.cfg.rules.Policy.Open {
+		for _, r := range o.cfg.rules.Policy.Open[i].Ports(rules.SCTP) {
+			for p := int(r.Lo); p <= int(r.Hi) && len(out) < mostPortsOfAView; p++ {
+				out = append(out, uint16(p))
+			}
+		}
+	}
+	return union(nil, out)
 }
 
 // sample lists ports in random order, those with a listener and those without by
@@ -640,7 +668,7 @@ func (o *odd) demand(ctx context.Context, first bool) error {
 		missing := 0
 		for i := range o.cfg.views {
 			o.mu.Lock()
-			heard := o.paths[i].heard || len(o.cfg.views[i].Path.Canaries) == 0
+			heard := o.paths[i].heard || len(o.cfg.views[i].Path.Canaries) == 0 || !first && !o.paths[i].alive
 			o.mu.Unlock()
 			if heard {
 				continue

@@ -429,6 +429,31 @@ func TestOddProbesSayWhatTheWayDrops(t *testing.T) {
 	}
 }
 
+// What the policy opens of other protocols must get in, and the tripwire sees it.
+func TestOddProbesProveListedProtocols(t *testing.T) {
+	rs := compileText(t, oddHost+"[open.tunnel]\nprotocol = [\"esp\", \"gre\", \"vrrp\"]\n[open.signal]\nports = [2905, 3868]\nprotocol = \"sctp\"\n[open.office]\nprotocol = \"ah\"\nfrom = \"10.0.0.0/8\"\n")
+	good := compiled(t, rs)
+	r, _ := oddRun(t, RehearseConfig{Rules: rs, Load: loadText(t, good)})
+	if r.Verdict != Pass || !slices.Contains(r.Notes, "not judged, whether what is listed gets in: ah") {
+		t.Errorf("verdict %s:\n%s", r.Verdict, text(t, r))
+	}
+	const shut = "insert rule inet deadlight gate meta l4proto gre drop\ninsert rule inet deadlight gate sctp dport 3868 drop\n"
+	r, _ = oddRun(t, RehearseConfig{Rules: rs, Load: loadText(t, good+shut)})
+	got := []string{}
+	for _, f := range r.Findings {
+		got = append(got, fmt.Sprintf("%d/%s %s %s expected %s by %s", f.Port, f.Protocol, f.Family, f.Observed, f.Expected, f.Rule))
+	}
+	slices.Sort(got)
+	got = slices.Compact(got)
+	want := []string{
+		"0/gre ipv4 filtered expected open by tunnel", "0/gre ipv6 filtered expected open by tunnel",
+		"3868/sctp ipv4 filtered expected open by signal", "3868/sctp ipv6 filtered expected open by signal",
+	}
+	if r.Verdict != Fail || !slices.Equal(got, want) {
+		t.Errorf("verdict %s, %q, want %q", r.Verdict, got, want)
+	}
+}
+
 // On a path that died behind the sweep the silence of odd probes is unknown.
 func TestOddProbesOnADeadPath(t *testing.T) {
 	for name, last := range map[string]bool{"dead from the start": false, "dead at the end": true} {

@@ -215,7 +215,7 @@ func (j *judge) odd(o *odd, res *Result) {
 		if to := x.dst.String(); !slices.Contains(r.Addresses, to) {
 			r.Addresses = append(r.Addresses, to)
 		}
-		if x.control {
+		if x.control || x.listed {
 			for _, key := range x.passages() {
 				open[key] = true
 			}
@@ -225,6 +225,8 @@ func (j *judge) odd(o *odd, res *Result) {
 			k.Control = "answered"
 		case x.control && k.Control == "none":
 			k.Control = "silent"
+		case x.listed:
+			j.oddListed(o, x)
 		case x.control, known[hole{x.dst.Is4(), x.proto.String(), x.dport}]:
 		case x.answers > 0:
 			if !x.expect.agrees(x.answer, x.proto) {
@@ -269,6 +271,27 @@ func (j *judge) odd(o *odd, res *Result) {
 	}
 	for i := range o.cfg.views {
 		j.oddPath(o, i, res)
+	}
+}
+
+// oddListed judges a protocol, or a port of SCTP, that the policy opens.
+func (j *judge) oddListed(o *odd, x *oddProbe) {
+	if j.cfg.HostProof == nil {
+		return
+	}
+	for _, key := range x.passages() {
+		if x.answers > 0 && x.answer.State != Rejected || j.cfg.HostProof.Passed[key] {
+			j.report.listed = append(j.report.listed, x.proto)
+			return
+		}
+	}
+	if o.paths[x.view].alive {
+		j.report.listed = append(j.report.listed, x.proto)
+		a := Answer{Filtered, NoResponse}
+		if x.answers > 0 {
+			a = x.answer
+		}
+		j.oddFinding([]*oddProbe{x}, a)
 	}
 }
 

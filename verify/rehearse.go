@@ -144,7 +144,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if cfg.Rules.Policy.Default.Observe {
 		report.Notes = append(report.Notes, "enforce = false: nothing is dropped, every port is reachable")
 	}
-	if other := otherProtocols(cfg.Rules.Policy); other != "" {
+	if other := otherProtocols(cfg.Rules.Policy, report.listed); other != "" {
 		report.Notes = append(report.Notes, "not judged, whether what is listed gets in: "+other)
 	}
 	if note := oddNote(cfg.Thorough); note != "" {
@@ -168,12 +168,12 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	return report, nil
 }
 
-// otherProtocols names the listed protocols that no probe speaks.
-func otherProtocols(p *rules.Policy) string {
+// otherProtocols names the listed protocols of which nothing was shown.
+func otherProtocols(p *rules.Policy, shown []rules.Protocol) string {
 	var out []string
 	for _, o := range p.Open {
 		for _, on := range o.On {
-			if name := on.Protocol.String(); on.Protocol != rules.TCP && on.Protocol != rules.UDP && !slices.Contains(out, name) {
+			if name := on.Protocol.String(); on.Protocol != rules.TCP && on.Protocol != rules.UDP && !slices.Contains(out, name) && !slices.Contains(shown, on.Protocol) {
 				out = append(out, name)
 			}
 		}

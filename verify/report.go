@@ -47,6 +47,8 @@ type Report struct {
 	ports int  // judged in sweeps
 	exact bool // the tripwire saw every probe arrive
 	views int  // of restricted rules
+
+	listed []rules.Protocol // other than TCP and UDP, that were judged
 }
 
 // Listening counts the listeners of a throw-away host.
