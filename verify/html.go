@@ -77,7 +77,7 @@ func (r *Report) htmlFindings(p *page) {
 		f := l.first
 		ports, from := l.ends()
 		p.add("<tr><td class=\"fail\">%s</td><td>%s</td><td class=\"%s\">%s</td><td>%s</td><td>%s</td><td>%s</td></tr>\n",
-			ports, l.expected(), f.Observed, f.Observed, f.Reason, f.Rule, from)
+			ports, l.expected(), f.Observed, f.Observed, l.reason(), f.Rule, from)
 	}
 	p.add("</table>\n")
 	if n := len(lines) - mostRows; n > 0 {

@@ -68,6 +68,9 @@ type LookConfig struct {
 	In       string   // the target's interface, "" when it is not known
 	MaxRate  int      // packets per second, 0 for none
 	Progress func(sent, total uint64)
+	// Thorough scales the adversarial probes: 0 for none, 1 for all that are quick,
+	// 2 for the slow ones too.
+	Thorough int
 }
 
 // Look probes a host from this machine, which is the outside, and judges what
@@ -94,9 +97,19 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
 	}
+	odd, err := lookOdd(ctx, cfg, views)
+	if err != nil {
+		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
+	}
 	r := Judge(JudgeConfig{
-		Target: strings.Join(names, ", "), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: views,
+		Target: strings.Join(names, ", "), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: views, odd: odd,
 	}, res)
+	if other := otherProtocols(cfg.Rules.Policy, nil); other != "" {
+		r.Notes = append(r.Notes, "not judged, whether what is listed gets in: "+other)
+	}
+	if note := oddNote(cfg.Thorough); note != "" {
+		r.Notes = append(r.Notes, note)
+	}
 	for i := range paths {
 		if len(paths[i].Canaries) == 0 {
 			r.Notes = append(r.Notes, fmt.Sprintf("%s has no canary: the policy opens no TCP port to this machine and answers no echo; name one with --canary", paths[i].Dst))

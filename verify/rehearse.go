@@ -23,6 +23,12 @@ type RehearseConfig struct {
 	Command        []string
 	Stdout, Stderr io.Writer
 	Progress       func(sent, total uint64)
+	// Thorough scales the adversarial probes: 0 for none, 1 for all that are quick,
+	// 2 for the slow ones too.
+	Thorough int
+	// Reload puts the ruleset in force anew, as a later change would, while probes
+	// come in; nil is Load again. It runs where Load does.
+	Reload func() error
 
 	sweep Ports                      // what the sweeps probe; zero: every port
 	cut   bool                       // the host's links go down before the first probe
@@ -87,7 +93,25 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		v.Path.Link = w.Link(v.In)
 		paths[i], sports[i] = v.Path, v.Path.SrcPort
 	}
-	trip, err := ArmTripwire(w.Host, sports)
+	var odd *odd
+	var others []TripwireSource
+	if cfg.Thorough > 0 {
+		views, err := oddViews(w, cfg.Rules, outlook)
+		if err != nil {
+			return nil, fmt.Errorf("list the addresses of the throw-away host: %w", err)
+		}
+		odd = planOdd(oddConfig{
+			rules: cfg.Rules, views: views, swept: sweptPorts(outlook.Views), all: true, own: true,
+			listening: Ports{tcp.unlisted, udp.unlisted}, level: cfg.Thorough, budget: oddBudget(outlook.Views), taken: taken(outlook.Views),
+		})
+		if err := odd.open(); err != nil {
+			return nil, fmt.Errorf("probe the throw-away host: %w", err)
+		}
+		defer odd.close()
+		sports = append(sports, odd.sourcePorts()...)
+		others = odd.sources()
+	}
+	trip, err := ArmTripwire(w.Host, sports, others...)
 	if err != nil {
 		return nil, fmt.Errorf("arm the tripwire: %w", err)
 	}
@@ -100,6 +124,11 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("probe the throw-away host: %w", err)
 	}
+	if odd != nil {
+		if err := odd.run(ctx, oddBeside, 0); err != nil {
+			return nil, fmt.Errorf("probe the throw-away host: %w", err)
+		}
+	}
 	proof, err := trip.proof()
 	if err != nil {
 		return nil, fmt.Errorf("read the tripwire: %w", err)
@@ -107,9 +136,14 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if err := trip.Remove(); err != nil {
 		return nil, fmt.Errorf("remove the tripwire: %w", err)
 	}
+	if odd != nil {
+		if err := odd.rest(ctx, w, cfg); err != nil {
+			return nil, fmt.Errorf("probe the throw-away host: %w", err)
+		}
+	}
 	judge := JudgeConfig{
 		Target: "throw-away host for " + cfg.Name, Vantage: "throw-away outside",
-		Rules: cfg.Rules, Views: outlook.Views, HostProof: proof,
+		Rules: cfg.Rules, Views: outlook.Views, HostProof: proof, odd: odd,
 	}
 	if cfg.seen != nil {
 		cfg.seen(judge, res)
@@ -121,8 +155,11 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if cfg.Rules.Policy.Default.Observe {
 		report.Notes = append(report.Notes, "enforce = false: nothing is dropped, every port is reachable")
 	}
-	if other := otherProtocols(cfg.Rules.Policy); other != "" {
-		report.Notes = append(report.Notes, "not probed: "+other)
+	if other := otherProtocols(cfg.Rules.Policy, report.listed); other != "" {
+		report.Notes = append(report.Notes, "not judged, whether what is listed gets in: "+other)
+	}
+	if note := oddNote(cfg.Thorough); note != "" {
+		report.Notes = append(report.Notes, note)
 	}
 	if len(outlook.Links) > 1 {
 		report.Notes = append(report.Notes, fmt.Sprintf("every port was probed by %s; by %s only those of the rules that name them",
@@ -142,12 +179,12 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	return report, nil
 }
 
-// otherProtocols names the listed protocols that no probe speaks.
-func otherProtocols(p *rules.Policy) string {
+// otherProtocols names the listed protocols of which nothing was shown.
+func otherProtocols(p *rules.Policy, shown []rules.Protocol) string {
 	var out []string
 	for _, o := range p.Open {
 		for _, on := range o.On {
-			if name := on.Protocol.String(); on.Protocol != rules.TCP && on.Protocol != rules.UDP && !slices.Contains(out, name) {
+			if name := on.Protocol.String(); on.Protocol != rules.TCP && on.Protocol != rules.UDP && !slices.Contains(out, name) && !slices.Contains(shown, on.Protocol) {
 				out = append(out, name)
 			}
 		}

@@ -37,6 +37,8 @@ type Report struct {
 	// openings are restricted to.
 	Restrictions []Restriction `json:"restrictions"`
 	Findings     []Finding     `json:"findings"`
+	// Odd tells of the adversarial probes; nil where none were sent.
+	Odd *OddProbes `json:"odd,omitempty"`
 	// Listeners is set when the host was ours to start listeners on.
 	Listeners *Listening `json:"listeners,omitempty"`
 	// Notes tell what the verdict does not cover.
@@ -47,6 +49,8 @@ type Report struct {
 	ports int  // judged in sweeps
 	exact bool // the tripwire saw every probe arrive
 	views int  // of restricted rules
+
+	listed []rules.Protocol // other than TCP and UDP, that were judged
 }
 
 // Listening counts the listeners of a throw-away host.
@@ -113,6 +117,7 @@ type Finding struct {
 	Reason    string `json:"reason"`
 	Rule      string `json:"rule"` // that should admit it, or ""
 	Interface string `json:"interface,omitempty"`
+	Odd       string `json:"odd,omitempty"` // the kind of adversarial probe: "xmas from port 53"
 
 	source string
 }
@@ -130,6 +135,8 @@ type JudgeConfig struct {
 	Views           []View
 	// HostProof, if not nil, is what a tripwire on the host recorded.
 	HostProof *HostProof
+
+	odd *odd // nil: no odd probes
 }
 
 // HostProof is a tripwire's record of a run.
@@ -165,6 +172,9 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 		}
 	}
 	j.neverAdmitted()
+	if cfg.odd != nil {
+		j.odd(cfg.odd, res)
+	}
 	r.Notes = append(r.Notes, j.notes()...)
 	r.exact = cfg.HostProof != nil && !j.inexact
 	sort.SliceStable(r.Findings, func(a, b int) bool {
@@ -428,6 +438,7 @@ func (r *Report) WriteText(w io.Writer) error {
 	r.openings(&b)
 	r.rest(&b)
 	r.restrictions(&b)
+	r.oddText(&b)
 	for _, n := range r.Notes {
 		fmt.Fprintf(&b, "  note %s\n", n)
 	}
@@ -464,7 +475,22 @@ func (l *foldedFinding) ends() (ports, from string) {
 	if f.Interface != "" {
 		from += " by " + f.Interface
 	}
+	if f.Odd != "" && f.Port == 0 {
+		return f.Protocol, from
+	}
 	return shorten(Ranges(l.ports), 60) + "/" + f.Protocol, from
+}
+
+// reason says why, and to which odd probe.
+func (l *foldedFinding) reason() string {
+	switch f := l.first; {
+	case f.Odd == "":
+		return f.Reason
+	case f.Observed == Unknown:
+		return f.Reason + " for " + f.Odd
+	default:
+		return f.Reason + " to " + f.Odd
+	}
 }
 
 // expected is what the policy says, in words.
@@ -493,7 +519,7 @@ func (r *Report) folded() []*foldedFinding {
 	}
 	var lines []*foldedFinding
 	for _, f := range r.Findings {
-		kind := strings.Join([]string{f.Protocol, f.Expected, f.Observed.String(), f.Reason, f.Rule, f.Interface}, "\x00")
+		kind := strings.Join([]string{f.Protocol, f.Expected, f.Observed.String(), f.Reason, f.Rule, f.Interface, f.Odd}, "\x00")
 		lines = append(lines, &foldedFinding{kind, f, []uint16{f.Port}, []string{f.source}})
 	}
 	lines = fold(lines, func(l *foldedFinding) string { return l.kind + "\x00" + l.first.Probe },
@@ -522,7 +548,7 @@ func (r *Report) findings(b *strings.Builder) {
 		if from != "" {
 			from = "from " + from
 		}
-		fmt.Fprintf(w, "  %s\t%s\t%s\texpected %s%s\t%s\t%s\n", word, ports, f.Observed, l.expected(), rule, f.Reason, from)
+		fmt.Fprintf(w, "  %s\t%s\t%s\texpected %s%s\t%s\t%s\n", word, ports, f.Observed, l.expected(), rule, l.reason(), from)
 	}
 	w.Flush() // into a strings.Builder: cannot fail
 	if n := len(lines) - mostFindings; n > 0 {

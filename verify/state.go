@@ -48,6 +48,12 @@ const (
 	PassedFirewall          // the tripwire saw the probe behind the last input chain, nothing came back
 	PassedGate              // the tripwire saw the probe behind the gate; a later chain dropped it
 	OtherAddress            // a UDP datagram from the probed port of another address
+	ICMPReply               // an answer to an ICMP query
+	SCTPInitAck             // SCTP INIT-ACK
+	SCTPAbort               // SCTP ABORT: the packet reached the host
+	OtherAnswer             // a packet of the probe's own protocol
+	ReassemblyTime          // ICMP 11/1, ICMPv6 3/1: the host waited for the rest of a fragment
+	ParameterProblem        // ICMP type 12, ICMPv6 type 4: the host read the header and refused it
 )
 
 var reasonNames = [...]string{
@@ -55,6 +61,7 @@ var reasonNames = [...]string{
 	"port-unreachable", "admin-prohibited", "host-unreachable", "net-unreachable", "proto-unreachable",
 	"icmp error", "error from a router", "passed the firewall, no answer", "passed the gate, stopped behind it",
 	"answer from another address",
+	"icmp reply", "sctp init-ack", "sctp abort", "answer", "reassembly time-exceeded", "parameter-problem",
 }
 
 // String gives the words of reports and JSON.

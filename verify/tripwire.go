@@ -23,8 +23,16 @@ import (
 // wire, whatever a DNAT or a redirect made of them.
 type Passage struct {
 	SrcPort, DstPort uint16
-	Protocol         rules.Protocol // TCP or UDP
+	Protocol         rules.Protocol
 	IPv6             bool
+}
+
+// TripwireSource is what tells a probe that is neither TCP nor UDP: its source
+// port, the identifier of an ICMP query, or 0 where the protocol has neither. Of
+// an ICMP query the DstPort of a [Passage] is type and code.
+type TripwireSource struct {
+	Protocol rules.Protocol
+	Port     uint16
 }
 
 // ErrTripwireFull says that more probes passed than the tripwire could note:
@@ -56,12 +64,14 @@ const (
 
 // ArmTripwire puts the table into a network namespace that in runs in. srcPorts
 // are the source ports of the run, over TCP and over UDP; no honest flow should
-// have them. EEXIST in the error chain says that another verification runs.
-func ArmTripwire(in Runner, srcPorts []uint16) (*Tripwire, error) {
-	return armTripwire(in, srcPorts, uint32(min(passagesMost, passagesEach*len(srcPorts))))
+// have them. Probes of other protocols are noted where others names them, but not
+// counted as they arrive. EEXIST in the error chain says that another
+// verification runs.
+func ArmTripwire(in Runner, srcPorts []uint16, others ...TripwireSource) (*Tripwire, error) {
+	return armTripwire(in, srcPorts, others, uint32(min(passagesMost, passagesEach*len(srcPorts))))
 }
 
-func armTripwire(in Runner, srcPorts []uint16, size uint32) (*Tripwire, error) {
+func armTripwire(in Runner, srcPorts []uint16, others []TripwireSource, size uint32) (*Tripwire, error) {
 	ports := slices.Clone(srcPorts)
 	slices.Sort(ports)
 	ports = slices.Compact(ports)
@@ -93,7 +103,7 @@ func armTripwire(in Runner, srcPorts []uint16, size uint32) (*Tripwire, error) {
 		if _, err := t.conn.ListTableOfFamily(tripwireTable, nftables.TableFamilyINet); err == nil {
 			return unix.EEXIST
 		}
-		if err := t.compose(ports, size); err != nil {
+		if err := t.compose(ports, others, size); err != nil {
 			return err
 		}
 		return t.conn.Flush()
@@ -160,7 +170,7 @@ const (
 )
 
 // compose queues the table, as one transaction.
-func (t *Tripwire) compose(ports []uint16, size uint32) error {
+func (t *Tripwire) compose(ports []uint16, others []TripwireSource, size uint32) error {
 	t.conn.CreateTable(t.table) // refuses one that is there
 
 	source, err := nftables.ConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
@@ -174,12 +184,20 @@ func (t *Tripwire) compose(ports []uint16, size uint32) error {
 	var one, both []nftables.SetElement
 	for _, p := range ports {
 		one = append(one, nftables.SetElement{Key: binaryutil.BigEndian.PutUint16(p)})
-		for _, protocol := range []rules.Protocol{rules.TCP, rules.UDP} {
-			key := append([]byte{byte(protocol), 0, 0, 0}, binaryutil.BigEndian.PutUint16(p)...)
+		others = append(others, TripwireSource{rules.TCP, p}, TripwireSource{rules.UDP, p})
+	}
+	protocols := []nftables.SetElement{}
+	seen := map[TripwireSource]bool{}
+	for _, o := range others {
+		if !seen[o] {
+			key := append([]byte{byte(o.Protocol), 0, 0, 0}, binaryutil.BigEndian.PutUint16(o.Port)...)
 			both = append(both, nftables.SetElement{Key: append(key, 0, 0)}) // each component padded to four bytes
 		}
+		if !slices.ContainsFunc(protocols, func(e nftables.SetElement) bool { return e.Key[0] == byte(o.Protocol) }) {
+			protocols = append(protocols, nftables.SetElement{Key: []byte{byte(o.Protocol)}})
+		}
+		seen[o] = true
 	}
-	protocols := []nftables.SetElement{{Key: []byte{byte(rules.TCP)}}, {Key: []byte{byte(rules.UDP)}}}
 	for _, s := range []struct {
 		set      nftables.Set
 		elements []nftables.SetElement

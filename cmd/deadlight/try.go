@@ -7,11 +7,13 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"deadlight/rules"
 	"deadlight/verify"
 )
 
 func newTryCommand(e env) *cobra.Command {
 	var f reportFlags
+	var thorough int
 	c := &cobra.Command{
 		Use:     "try POLICY [-- COMMAND [ARG...]]",
 		GroupID: groupTry,
@@ -20,7 +22,10 @@ func newTryCommand(e env) *cobra.Command {
 loads the policy there, starts listeners behind open and closed ports alike,
 runs COMMAND on that host if one is given, probes all TCP and UDP ports over
 IPv4 and IPv6 from outside, and reports what it saw. Restricted openings are
-looked at from inside, from the edges of and from beside what they admit.
+looked at from inside, from the edges of and from beside what they admit. Then come
+adversarial probes: other flags, source ports, fragments, IP options, extension
+headers, protocols and ICMP queries, to every address of that host, and plain ones
+while the ruleset is loaded again; --thorough says how many.
 
 Needs no root, and touches nothing of this machine. Where an ordinary user may
 not make user namespaces, run it with sudo.
@@ -47,14 +52,53 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			if err := f.read(); err != nil {
 				return err
 			}
-			return try(c.Context(), e, args[0], args[1:], &f)
+			if err := checkThorough(c, &thorough); err != nil {
+				return err
+			}
+			return try(c.Context(), e, args[0], args[1:], thorough, &f)
 		},
 	}
 	f.add(c)
+	addThorough(c, &thorough)
 	return c
 }
 
-func try(ctx context.Context, e env, file string, command []string, f *reportFlags) error {
+const thoroughFlag = "thorough"
+
+// addThorough adds the flag of the adversarial probes; without it the policy says.
+func addThorough(c *cobra.Command, n *int) {
+	c.Flags().IntVar(n, thoroughFlag, 1, "adversarial probes: 0 none, 1 all that are quick, 2 more, the slow ones too; else as [verify] says")
+}
+
+// checkThorough refuses what no level is; a flag that was not given becomes -1.
+func checkThorough(c *cobra.Command, n *int) error {
+	switch {
+	case !c.Flags().Changed(thoroughFlag):
+		*n = -1
+	case *n < 0 || *n > 2:
+		return usageError("", "--thorough runs from 0 to 2: %d", *n)
+	}
+	return nil
+}
+
+// thoroughOf is the level that the flag, or else the policy, asks for.
+func thoroughOf(rs *rules.Ruleset, flag int) int {
+	if flag < 0 {
+		return rs.Policy.Verify.Thorough
+	}
+	return flag
+}
+
+// reloadOf is another ruleset of the same policy: nothing is open by name, and
+// echo is the other way round.
+func reloadOf(rs *rules.Ruleset) *rules.Ruleset {
+	p := *rs.Policy
+	p.Open = nil
+	p.ICMP.Echo = !p.ICMP.Echo
+	return rules.Compile(&p)
+}
+
+func try(ctx context.Context, e env, file string, command []string, thorough int, f *reportFlags) error {
 	if !verify.Isolated() {
 		return tryIsolated(ctx, e, file)
 	}
@@ -69,6 +113,14 @@ func try(ctx context.Context, e env, file string, command []string, f *reportFla
 	report, err := verify.Rehearse(ctx, verify.RehearseConfig{
 		Name: file, Rules: rs, Command: command, Stdout: e.stderr, Stderr: e.stderr,
 		Load: func() error {
+			_, err := applyHere(rs)
+			return err
+		},
+		Thorough: thoroughOf(rs, thorough),
+		Reload: func() error {
+			if _, err := applyHere(reloadOf(rs)); err != nil {
+				return err
+			}
 			_, err := applyHere(rs)
 			return err
 		},

@@ -30,6 +30,7 @@ type lookFlags struct {
 	Canaries []uint   `json:"canaries"`
 	In       string   `json:"in"`
 	MaxRate  int      `json:"max_rate"`
+	Thorough int      `json:"thorough"` // -1: as the policy says
 }
 
 func newVerifyCommand(e env) *cobra.Command {
@@ -44,7 +45,9 @@ the outside; the probes need root (CAP_NET_RAW). Probe only hosts that are yours
 
 Silence counts as filtered only while the path is proven alive by ports that
 must answer: a listed TCP port, echo, or --canary. Over UDP silence cannot tell
-a filter from a service that does not answer; the report says so.
+a filter from a service that does not answer; the report says so. Adversarial
+probes (other flags, source ports, fragments, options, protocols) follow the sweep;
+--thorough says how many. Probes other than of TCP and UDP need --ports all.
 
 With --self-test it shows instead, on throw-away hosts and without root, that it
 finds out rulesets that are broken, and a path that is dead.
@@ -62,6 +65,9 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			if f.selfTest {
 				return selfTest(c, e, args, f.report.json)
 			}
+			if err := checkThorough(c, &f.Thorough); err != nil {
+				return err
+			}
 			return verifyTargets(c.Context(), e, policyArg(args), f)
 		},
 	}
@@ -70,6 +76,7 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 	c.Flags().UintSliceVar(&f.Canaries, "canary", nil, "a TCP port that surely answers, repeatable")
 	c.Flags().StringVar(&f.In, "in", "", "the target's interface by which the probes enter, if you know it")
 	c.Flags().IntVar(&f.MaxRate, "max-rate", 0, "packets per second at most (0: as fast as the path bears)")
+	addThorough(c, &f.Thorough)
 	c.Flags().StringVar(&f.vantage, "vantage", "", "look from another machine: ssh://USER@HOST:PORT (this program runs there, and is removed)")
 	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration file for ssh, as of ssh -F")
 	c.Flags().BoolVar(&f.selfTest, "self-test", false, "load broken rulesets into throw-away hosts and see whether they are found out")
@@ -124,6 +131,9 @@ func (f *verifyFlags) config(rs *rules.Ruleset) (look verify.LookConfig, err err
 		return look, usageError("", "--max-rate runs from 0 up: %d", f.MaxRate)
 	}
 	look = verify.LookConfig{Rules: rs, Ports: ports, In: f.In, MaxRate: f.MaxRate}
+	if rs != nil {
+		look.Thorough = thoroughOf(rs, f.Thorough)
+	}
 	for _, t := range f.Targets {
 		a, err := netip.ParseAddr(t)
 		if err != nil || a.Zone() != "" || a.Is4In6() {
