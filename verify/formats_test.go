@@ -41,6 +41,7 @@ func shown() *Report {
 			{Family: "ipv4", Address: "192.0.2.1", Protocol: "tcp", Port: 8192, Probe: "syn from 192.0.2.9", Expected: "filtered", Observed: Open, Reason: "syn-ack", source: "192.0.2.9"},
 			{Family: "ipv4", Address: "192.0.2.1", Protocol: "tcp", Port: 8193, Probe: "syn from 192.0.2.9", Expected: "filtered", Observed: Open, Reason: "syn-ack", source: "192.0.2.9"},
 			{Family: "ipv4", Address: "192.0.2.1", Protocol: "tcp", Port: 62001, Probe: "syn from 192.0.2.9", Expected: "filtered", Observed: Unknown, Reason: "path not proven", source: "192.0.2.9"},
+			{Protocol: "tcp", Port: 81, Expected: "open", Observed: Filtered, Reason: "no probe of this limited opening passed", Rule: "limited"},
 		},
 		Notes: []string{"a note & more"},
 	}
@@ -106,9 +107,10 @@ func TestJUnit(t *testing.T) {
 		"tcp4: 8193/tcp at 192.0.2.1: syn from 192.0.2.9 FAILED expected filtered, observed open: syn-ack",
 		"tcp4: 62001/tcp at 192.0.2.1: syn from 192.0.2.9 ERROR expected filtered, observed unknown: path not proven",
 		"udp6: ports that nothing lists",
+		"other: 81/tcp FAILED expected open, observed filtered: no probe of this limited opening passed (limited)",
 		"restricted: ssh <b> from 10.0.0.1 to 192.0.2.1 by eth0 (inside)",
 		"restricted: ssh <b> from 11.0.0.1 to 192.0.2.1 by eth0 (beside) FAILED reachable: 22/tcp; silent: ",
-		"verdict: 192.0.2.1 </title><script>alert(1)</script> FAILED FAIL: 2 findings in 0 ports, 1.3s",
+		"verdict: 192.0.2.1 </title><script>alert(1)</script> FAILED FAIL: 3 findings in 0 ports, 1.3s",
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
@@ -137,7 +139,7 @@ print(x.tests, x.failures, x.errors, len([c for s in x for c in s if c.result]))
 	if err != nil {
 		t.Fatalf("install python3-junitparser, or use .ci/test: %v\n%s", err, got)
 	}
-	if string(got) != "12 5 1 6\n" {
+	if string(got) != "13 6 1 7\n" {
 		t.Errorf("it reads %s", got)
 	}
 }

@@ -98,7 +98,7 @@ func (r *Report) junitSuites() []*junitSuite {
 		}
 		s := suite(key)
 		for _, o := range r.Openings {
-			if o.Protocol+o.Family[3:] == key && !wrong[fmt.Sprint(o.Family, o.Protocol, o.Port)] {
+			if o.Protocol+o.Family[len("ipv"):] == key && !wrong[fmt.Sprint(o.Family, o.Protocol, o.Port)] {
 				s.cases = append(s.cases, junitCase{name: fmt.Sprintf("%d/%s is reachable: %s, %s", o.Port, o.Protocol, o.Rule, o.State)})
 			}
 		}
@@ -106,7 +106,7 @@ func (r *Report) junitSuites() []*junitSuite {
 			states.Open, states.Closed, states.Rejected, states.Filtered, states.Unknown)}
 		n, sure := 0, false
 		for i := range r.Findings {
-			if f := &r.Findings[i]; f.Protocol+f.Family[3:] == key && f.Rule == "" {
+			if f := &r.Findings[i]; f.sweep() == key && f.Rule == "" && f.Odd == "" {
 				n, sure = n+1, sure || f.Observed != Unknown
 			}
 		}
@@ -117,14 +117,17 @@ func (r *Report) junitSuites() []*junitSuite {
 	}
 	for i := range r.Findings {
 		f := &r.Findings[i]
-		name := fmt.Sprintf("%d/%s at %s: %s", f.Port, f.Protocol, f.Address, f.Probe)
+		name := fmt.Sprintf("%d/%s", f.Port, f.Protocol)
+		if f.Probe != "" {
+			name += fmt.Sprintf(" at %s: %s", f.Address, f.Probe)
+		}
 		said := fmt.Sprintf("expected %s, observed %s: %s", f.Expected, f.Observed, f.Reason)
 		if f.Rule != "" {
 			said += fmt.Sprintf(" (%s)", f.Rule)
 		}
-		key := "other"
-		if len(f.Family) == 4 {
-			key = f.Protocol + f.Family[3:]
+		key := f.sweep()
+		if key == "" || f.Odd != "" {
+			key = "other"
 		}
 		suite(key).cases = append(suite(key).cases, junitCase{name: name, failure: said, unknown: f.Observed == Unknown})
 	}
@@ -161,4 +164,12 @@ func markup(s string) string {
 		}
 		return r
 	}, strings.ToValidUTF8(s, "\ufffd")))
+}
+
+// sweep is the key of [Report.States] that a finding belongs to, or "".
+func (f *Finding) sweep() string {
+	if len(f.Family) != len("ipv4") {
+		return ""
+	}
+	return f.Protocol + f.Family[len("ipv"):]
 }
