@@ -59,6 +59,7 @@ back, 130 interrupted.`,
 		newVersionCommand(e),
 		newPolicyTopic(),
 	)
+	addCompletions(root)
 	return root
 }
 
