@@ -193,6 +193,15 @@ func fromWhere(t *rules.Traffic) string {
 	return from
 }
 
+// checked is the object of `check --json`.
+type checked struct {
+	Schema   int             `json:"schema"`
+	OK       bool            `json:"ok"`
+	Problems []rules.Problem `json:"problems"`
+	Opens    []openJSON      `json:"opens"`
+	Unmet    []unmetJSON     `json:"unmet"` // [[expect]] tables that do not hold
+}
+
 // openJSON is one opening of `check --json`.
 type openJSON struct {
 	Port       string   `json:"port"` // "443" or "6000-6010"; "*" of a protocol without ports
@@ -211,13 +220,7 @@ func checkJSON(e env, file string, strict bool) error {
 	if err != nil {
 		return err
 	}
-	out := struct {
-		Schema   int             `json:"schema"`
-		OK       bool            `json:"ok"`
-		Problems []rules.Problem `json:"problems"`
-		Opens    []openJSON      `json:"opens"`
-		Unmet    []unmetJSON     `json:"unmet"` // [[expect]] tables that do not hold
-	}{1, rs != nil && !(strict && len(problems) > 0), append([]rules.Problem{}, problems...), []openJSON{}, []unmetJSON{}}
+	out := checked{1, rs != nil && !(strict && len(problems) > 0), append([]rules.Problem{}, problems...), []openJSON{}, []unmetJSON{}}
 	if rs != nil {
 		for i := range rs.Policy.Open {
 			out.Opens = append(out.Opens, opensOf(&rs.Policy.Open[i])...)
@@ -239,6 +242,7 @@ func checkJSON(e env, file string, strict bool) error {
 	return nil
 }
 
+// unmetJSON is an [[expect]] table that does not hold.
 type unmetJSON struct {
 	File string `json:"file"`
 	Line int    `json:"line"`

@@ -77,6 +77,7 @@ type liveJSON struct {
 	Notes   []string `json:"notes"`
 }
 
+// nearJSON is a rule that nearly matched.
 type nearJSON struct {
 	Rule string `json:"rule"`
 	File string `json:"file"`

@@ -118,6 +118,9 @@ func runJSON(t *testing.T, wantCode int, args ...string) verifyReport {
 	if err := json.Unmarshal(out.Bytes(), &r); err != nil {
 		t.Fatalf("%v: %v\n%s", args, err, out.String())
 	}
+	if err := conforms(compileSchema(t, args[0]), args[0], out.Bytes()); err != nil {
+		t.Fatal(err)
+	}
 	return r
 }
 

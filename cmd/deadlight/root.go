@@ -41,7 +41,7 @@ back, 130 interrupted.`,
 	root.SetIn(e.stdin)
 	root.SetOut(e.stdout)
 	root.SetErr(e.stderr)
-	root.CompletionOptions.HiddenDefaultCmd = true
+	root.CompletionOptions.DisableNoDescFlag = true
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usageError(c.CommandPath()+" --help lists the flags", "%w", err)
 	})
@@ -59,6 +59,7 @@ back, 130 interrupted.`,
 		newVersionCommand(e),
 		newPolicyTopic(),
 	)
+	addCompletions(root)
 	return root
 }
 

@@ -33,6 +33,17 @@ nft -c -f accepts it. Deadlight itself never runs nft.`,
 	return c
 }
 
+// shown is the object of `show --json`: the table that a policy compiles to.
+type shown struct {
+	Schema   int         `json:"schema"`
+	Family   string      `json:"family"`
+	Table    string      `json:"table"`
+	Counters []string    `json:"counters"` // their names
+	Sets     []setJSON   `json:"sets"`
+	Chains   []chainJSON `json:"chains"`
+}
+
+// chainJSON is a chain; hook, priority and policy are those of a base chain.
 type chainJSON struct {
 	Name     string     `json:"name"`
 	Hook     string     `json:"hook,omitempty"`
@@ -41,11 +52,13 @@ type chainJSON struct {
 	Rules    []ruleJSON `json:"rules"`
 }
 
+// ruleJSON is a rule of a chain.
 type ruleJSON struct {
-	Comment string `json:"comment"`
-	Text    string `json:"text"`
+	Comment string `json:"comment"` // kind and name of the rule of the policy: "open ssh"
+	Text    string `json:"text"`    // as nft writes it
 }
 
+// setJSON is a set or a verdict map.
 type setJSON struct {
 	Name     string   `json:"name"`
 	Type     string   `json:"type"`
@@ -53,19 +66,15 @@ type setJSON struct {
 	Chains   []string `json:"chains,omitempty"` // of a verdict map, parallel to elements
 }
 
-// tableJSON is the object of `show --json`.
-func tableJSON(t *rules.Table) any {
-	out := struct {
-		Schema   int         `json:"schema"`
-		Family   string      `json:"family"`
-		Table    string      `json:"table"`
-		Counters []string    `json:"counters"`
-		Sets     []setJSON   `json:"sets"`
-		Chains   []chainJSON `json:"chains"`
-	}{Schema: 1, Family: "inet", Table: t.Name, Counters: t.Counters, Sets: []setJSON{}, Chains: []chainJSON{}}
+func tableJSON(t *rules.Table) *shown {
+	out := &shown{Schema: 1, Family: "inet", Table: t.Name, Counters: append([]string{}, t.Counters...), Sets: []setJSON{}, Chains: []chainJSON{}}
 	for i := range t.Sets {
 		s := &t.Sets[i]
-		out.Sets = append(out.Sets, setJSON{s.Name, s.Type.String(), s.Elements(), s.Targets})
+		elements := s.Elements()
+		if elements == nil {
+			elements = []string{} // not null
+		}
+		out.Sets = append(out.Sets, setJSON{s.Name, s.Type.String(), elements, s.Targets})
 	}
 	for i := range t.Chains {
 		ch := &t.Chains[i]
