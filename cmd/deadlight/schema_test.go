@@ -193,7 +193,7 @@ func (m *schemaMaker) of(typ reflect.Type) object {
 		return object{{"type", "string"}}
 	case reflect.Float64:
 		return object{{"type", "number"}}
-	case reflect.Int:
+	case reflect.Int, reflect.Int64:
 		return object{{"type", "integer"}}
 	case reflect.Uint16:
 		return object{{"type", "integer"}, {"minimum", 0}, {"maximum", 65535}}
