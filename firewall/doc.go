@@ -1,6 +1,7 @@
 // Package firewall puts a compiled ruleset into the kernel and reads back what
 // the kernel holds. It is the only package that writes the host's rules, and it
-// writes one table, `inet deadlight`, and no other.
+// writes one table, `inet deadlight`, and no other. Only into a throw-away host
+// does it plant a hole, for the self-test of the verifier: [Conn.PlantRedirect].
 //
 // What packets meet changes in one netlink transaction and in place: base chains
 // stay hooked, and no packet finds the host open in between. Sets that change are

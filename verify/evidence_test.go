@@ -423,3 +423,18 @@ func TestVantageTroubles(t *testing.T) {
 		})
 	}
 }
+
+// A path that lived through every round but not beyond the last probe is dead:
+// what its canaries proved before is worth nothing.
+func TestSilenceOfADeadPath(t *testing.T) {
+	f := newFlow(&sweepPath{Path: &Path{}}, rules.TCP, []uint16{80, 81})
+	f.miss[0] = 1e-9 // 81 was not asked often enough
+	for alive, want := range map[bool][]Answer{
+		true:  {{Filtered, NoResponse}, {Unknown, PathNotProven}},
+		false: {{Unknown, PathNotProven}, {Unknown, PathNotProven}},
+	} {
+		if got := f.result(alive); !slices.Equal(got, want) {
+			t.Errorf("alive %v: %v, want %v", alive, got, want)
+		}
+	}
+}

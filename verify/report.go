@@ -677,7 +677,10 @@ func (r *Report) conclusion(b *strings.Builder) {
 		}
 		fmt.Fprintf(b, "FAIL: %s in %s%s, %s\n", count(n, "finding", "findings"), count(r.ports, "port", "ports"), views, took)
 	case Inconclusive:
-		if n := len(r.Findings); n > 0 {
+		silent := func(f Finding) bool { return f.Reason == PathNotProven.String() }
+		if n := len(r.Findings); n > 0 && !slices.ContainsFunc(r.Findings, silent) {
+			fmt.Fprintf(b, "INCONCLUSIVE: nothing can be said of %s, for the reasons above\n", count(n, "port", "ports"))
+		} else if n > 0 {
 			fmt.Fprintf(b, "INCONCLUSIVE: nothing can be said of %s: the path was not proven alive, so silence proves nothing\n", count(n, "port", "ports"))
 		} else {
 			fmt.Fprintf(b, "INCONCLUSIVE: nothing is wrong with %s, but not all could be judged: see the notes\n", count(r.ports, "port", "ports"))

@@ -53,9 +53,14 @@ type SelfTestResult struct {
 	// that has only what came back.
 	Verdict Verdict `json:"verdict"`
 	Packets Verdict `json:"packets"`
-	OK      bool    `json:"ok"`
-	Skipped bool    `json:"skipped"` // the kernel has no IPv6
-	Why     string  `json:"why"`     // for people
+	// HostOnly says that packets alone need not show it.
+	HostOnly bool `json:"host_only"`
+	OK       bool `json:"ok"`
+	// Wrong says that a verdict is not true, where one of a verifier that could
+	// not tell is only inconclusive.
+	Wrong   bool   `json:"wrong"`
+	Skipped bool   `json:"skipped"` // the kernel has no IPv6
+	Why     string `json:"why"`     // for people
 }
 
 // SelfTest shows whether the verifier can be believed: it loads rulesets that are
@@ -81,7 +86,7 @@ func SelfTest(ctx context.Context, cfg SelfTestConfig) (*SelfTestReport, error) 
 }
 
 func (cfg *SelfTestConfig) run(ctx context.Context, c *SelfTestCase) (SelfTestResult, error) {
-	out := SelfTestResult{Name: c.Name, Expected: c.Want}
+	out := SelfTestResult{Name: c.Name, Expected: c.Want, HostOnly: c.HostOnly}
 	if c.IPv6 && !hasIPv6() {
 		out.Skipped, out.Why = true, "not tested: this kernel has no IPv6"
 		return out, nil
@@ -103,7 +108,16 @@ func (cfg *SelfTestConfig) run(ctx context.Context, c *SelfTestCase) (SelfTestRe
 	}
 	out.Verdict, out.Packets = witnessed.Verdict, packets.Verdict
 	out.Why, out.OK = c.judge(witnessed, packets)
+	out.Wrong = !out.OK && out.wrong()
 	return out, nil
+}
+
+// wrong says whether a result that is not as it must be is untrue: a verdict that
+// is neither right nor inconclusive, or right ones for a wrong reason.
+func (r *SelfTestResult) wrong() bool {
+	untrue := func(v Verdict) bool { return v != r.Expected && v != Inconclusive }
+	agree := r.Verdict == r.Expected && (r.HostOnly || r.Packets == r.Expected)
+	return untrue(r.Verdict) || !r.HostOnly && untrue(r.Packets) || agree
 }
 
 // judge says whether the verifier saw what it must see, and what it saw.

@@ -46,6 +46,33 @@ func TestSelfTestJudges(t *testing.T) {
 	}
 }
 
+// What is untrue must not pass for a verifier that could not tell.
+func TestSelfTestWrong(t *testing.T) {
+	for _, c := range []struct {
+		expected, verdict, packets Verdict
+		hostOnly, wrong            bool
+	}{
+		{Fail, Pass, Pass, false, true},
+		{Fail, Pass, Inconclusive, false, true},
+		{Fail, Fail, Pass, false, true},
+		{Pass, Fail, Inconclusive, false, true},
+		{Inconclusive, Pass, Inconclusive, false, true},
+		{Inconclusive, Inconclusive, Fail, false, true},
+		{Fail, Fail, Fail, false, true}, // for a wrong reason
+		{Fail, Inconclusive, Inconclusive, false, false},
+		{Fail, Inconclusive, Fail, false, false},
+		{Pass, Pass, Inconclusive, false, false},
+		{Fail, Inconclusive, Pass, true, false},
+		{Fail, Pass, Pass, true, true},
+		{Fail, Fail, Pass, true, true}, // for a wrong reason
+	} {
+		r := SelfTestResult{Expected: c.expected, Verdict: c.verdict, Packets: c.packets, HostOnly: c.hostOnly}
+		if r.wrong() != c.wrong {
+			t.Errorf("%+v: wrong %v, want %v", r, r.wrong(), c.wrong)
+		}
+	}
+}
+
 func TestSelfTest(t *testing.T) {
 	rs := compileText(t, host)
 	ports, err := ParsePorts("1-100/tcp,443/tcp,1-100/udp")
@@ -78,6 +105,11 @@ func TestSelfTest(t *testing.T) {
 	boom := errors.New("boom")
 	_, err = SelfTest(context.Background(), SelfTestConfig{Rules: rs, Ports: ports, Cases: []SelfTestCase{
 		{Name: "that one", Load: func() error { return boom }}}})
+	for i, wrong := range []bool{false, true, false, false} {
+		if r.Cases[i].Wrong != wrong {
+			t.Errorf("%s: wrong %v", r.Cases[i].Name, r.Cases[i].Wrong)
+		}
+	}
 	if !errors.Is(err, boom) || !strings.Contains(err.Error(), `self-test "that one"`) {
 		t.Errorf("a load that fails: %v", err)
 	}
