@@ -6,9 +6,9 @@ import (
 	"slices"
 )
 
-// PublishedRuns cuts the ports at where tables of others may do something else to
-// a packet: each number begins a run of ports that all meet the same, and the first
-// is 1. nil says that nothing there sends packets on to another port or host: no
+// PublishedRuns cuts the ports where a table may do something else to a packet:
+// each number begins a run of ports that all meet the same, and the first
+// is 1. nil says that no table of others sends packets on to another port or host: no
 // DNAT, redirect or other rewrite. Whether a run is in fact sent on is for
 // [Conn.WalkAll] to say. Errors to test for: [ErrPermission].
 func (c *Conn) PublishedRuns() ([]uint16, error) {
@@ -36,7 +36,7 @@ func (c *Conn) publishedRuns() ([]uint16, error) {
 	if err != nil {
 		return nil, err
 	}
-	k.tables = slices.DeleteFunc(k.tables, func(t *liveTable) bool { return t.dormant || t.isOurs() })
+	k.tables = slices.DeleteFunc(k.tables, func(t *liveTable) bool { return t.dormant })
 	if !k.sendOn() {
 		return nil, nil
 	}
@@ -57,6 +57,9 @@ func (c *Conn) publishedRuns() ([]uint16, error) {
 // sendOn reports whether a rule can lead what arrives to another port or host.
 func (k *liveRules) sendOn() bool {
 	for _, t := range k.tables {
+		if t.isOurs() {
+			continue
+		}
 		for _, ch := range t.bases {
 			if e := ch.effects(); !ch.leaving() && (e.nat != nil || e.moves != nil || e.proxy != nil) {
 				return true
