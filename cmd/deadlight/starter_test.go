@@ -205,6 +205,7 @@ func TestStarterProperties(t *testing.T) {
 			}
 			ways = append(ways, entry{"", first}, entry{"new0", first})
 		}
+		unnamed := slices.Clone(ways)
 		for _, n := range s.nics {
 			for _, a := range n.addrs {
 				ways = append(ways, entry{n.name, a})
@@ -217,8 +218,10 @@ func TestStarterProperties(t *testing.T) {
 			})
 		}
 		for _, l := range s.sockets {
-			if !l.Addr.IsUnspecified() {
-				ways = append(ways, entry{"", l.Addr}, entry{"eth0", l.Addr}, entry{"wg0", l.Addr}, entry{"virbr0", l.Addr})
+			for _, n := range s.nics {
+				if _, ok := n.own(l.Addr.Is4()); ok && !l.Addr.IsUnspecified() {
+					ways = append(ways, entry{"", l.Addr}, entry{n.name, l.Addr})
+				}
 			}
 		}
 		for _, e := range ways {
@@ -226,7 +229,7 @@ func TestStarterProperties(t *testing.T) {
 				for _, port := range ports {
 					packet := e.packet(protocol, port, e.from(), s.now)
 					theirs := slices.ContainsFunc(s.nics, func(n nic) bool { return n.name == e.in && slices.Contains(n.addrs, e.dst) })
-					if own(packet) || !admitted(packet) || !theirs && e.in != "" && e.in != "new0" &&
+					if own(packet) || !admitted(packet) || !theirs && !slices.Contains(unnamed, e) &&
 						!slices.ContainsFunc(s.sockets, func(l listener) bool { return l.Protocol == protocol && alone(l, port, e) }) {
 						continue
 					}
