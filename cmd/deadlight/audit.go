@@ -174,6 +174,16 @@ type view struct {
 	journey  *firewall.Journey
 }
 
+// isUnlisted reports whether the kernel admits what the policy does not.
+func isUnlisted(v *view) bool {
+	return accepts(v.journey) && v.decision.Outcome != rules.OutcomeOpen
+}
+
+// isStopped reports whether the kernel stops what the policy admits.
+func isStopped(v *view) bool {
+	return !unsure(v.journey) && !accepts(v.journey) && v.decision.Outcome == rules.OutcomeOpen
+}
+
 func (a *auditor) audit(found []listener, runs []uint16) (*auditJSON, error) {
 	published := a.candidates(found, runs)
 	for _, l := range slices.Concat(found, published) {
@@ -302,17 +312,16 @@ func (a *auditor) compare(s *socketJSON, views []view) {
 	var unlisted, stopped, unclear *view
 	for i := range views {
 		v := &views[i]
-		open := v.decision.Outcome == rules.OutcomeOpen
-		if open {
+		if v.decision.Outcome == rules.OutcomeOpen {
 			opened[v.decision.Rule] = true
 			s.Rule = cmp.Or(s.Rule, v.decision.Rule)
 		}
 		switch {
 		case unsure(v.journey):
 			unclear = cmp.Or(unclear, v)
-		case accepts(v.journey) && !open:
+		case isUnlisted(v):
 			unlisted = cmp.Or(unlisted, v)
-		case !accepts(v.journey) && open:
+		case isStopped(v):
 			stopped = cmp.Or(stopped, v)
 		}
 	}
@@ -323,12 +332,12 @@ func (a *auditor) compare(s *socketJSON, views []view) {
 	case a.asked.ask == nil:
 		s.Verdict, s.Text = auditUnknown, "the policy does not open it; the kernel's rules are not visible without root"
 	case unlisted != nil:
-		s.Verdict, s.Text = auditUnlisted, "REACHABLE THOUGH NOT LISTED: "+a.why(unlisted)
+		s.Verdict, s.Text = auditUnlisted, "REACHABLE THOUGH NOT LISTED: "+whence(unlisted, views, isUnlisted)+why(unlisted)
 		if len(opened) > 0 {
 			s.Text += "; the policy opens it " + words
 		}
 	case stopped != nil:
-		s.Verdict, s.Text = auditStopped, fmt.Sprintf("STOPPED, though the policy opens it %s: %s", words, a.whence(stopped)+stepText(stopped.journey.By))
+		s.Verdict, s.Text = auditStopped, fmt.Sprintf("STOPPED, though the policy opens it %s: %s", words, whence(stopped, views, isStopped)+stepText(stopped.journey.By))
 	case unclear != nil && unclear.journey == nil:
 		s.Verdict, s.Text = auditUnknown, "cannot be told: too many packets to ask about"
 	case unclear != nil:
@@ -343,7 +352,9 @@ func (a *auditor) compare(s *socketJSON, views []view) {
 			s.Text = "listens but rejected: no rule opens it"
 		}
 		for _, o := range a.rs.OpensAt(s.listener.Protocol, s.listener.Port) {
-			s.Text = strings.Replace(s.Text, "no rule opens it", fmt.Sprintf("%q opens it for nobody who comes here now", o.Name), 1)
+			if !o.Any {
+				s.Text = strings.Replace(s.Text, "no rule opens it", fmt.Sprintf("%q opens it for nobody who comes here now", o.Name), 1)
+			}
 		}
 	}
 }
@@ -384,23 +395,35 @@ func (a *auditor) words(l listener, opened map[string]bool) (text string, limite
 	return text, limited
 }
 
-// whence says of whom and of which way a view is, where it is not a stranger's.
-func (a *auditor) whence(v *view) string {
-	text := ""
+// whence says of whom a view is, where it is not a stranger's, and which way the
+// like of it come, where others come another.
+func whence(v *view, all []view, alike func(*view) bool) string {
+	var by []string
+	others := false
+	for i := range all {
+		o := &all[i]
+		switch {
+		case !alike(o):
+			others = others || !slices.ContainsFunc(all, func(x view) bool { return x.packet.In == o.packet.In && alike(&x) })
+		case o.packet.In != "" && !slices.Contains(by, o.packet.In):
+			by = append(by, o.packet.In)
+		}
+	}
+	var parts []string
 	if v.packet.Src != (entry{dst: v.packet.Dst}).from() {
-		text += "from " + v.packet.Src.String() + " "
+		parts = append(parts, "from "+v.packet.Src.String())
 	}
-	if v.packet.In != "" && len(a.nics) > 1 {
-		text += "by " + v.packet.In
+	if others && len(by) > 0 {
+		parts = append(parts, "by "+strings.Join(by, ", "))
 	}
-	if text == "" {
+	if parts == nil {
 		return ""
 	}
-	return strings.TrimSpace(text) + ": "
+	return strings.Join(parts, " ") + ": "
 }
 
 // why says what lets a packet in.
-func (a *auditor) why(v *view) string {
+func why(v *view) string {
 	j := v.journey
 	var text string
 	switch {
@@ -415,7 +438,7 @@ func (a *auditor) why(v *view) string {
 	default:
 		text = stepText(j.By)
 	}
-	return a.whence(v) + text
+	return text
 }
 
 // candidates are the runs of ports that tables of others may send on, as if a
