@@ -221,7 +221,7 @@ func (a *auditor) audit(found []listener, runs []uint16) (*auditJSON, error) {
 	if hidden > 0 {
 		out.Notes = append(out.Notes, fmt.Sprintf("%s: process not visible without root", plural(hidden, "socket")))
 	}
-	out.Sockets = append(out.Sockets, a.published(published, runs, out.Sockets)...)
+	out.Sockets = append(out.Sockets, a.published(published, out.Sockets)...)
 	out.Sockets = append(out.Sockets, a.unheard(out.Sockets)...)
 	slices.SortStableFunc(out.Sockets, func(x, y socketJSON) int {
 		return cmp.Or(cmp.Compare(x.listener.Protocol, y.listener.Protocol), cmp.Compare(x.Port, y.Port))
@@ -481,7 +481,7 @@ func (a *auditor) candidates(found []listener, runs []uint16) []listener {
 
 // published lists the candidates that are in fact sent on, and that no socket
 // stands for.
-func (a *auditor) published(candidates []listener, runs []uint16, sockets []socketJSON) []socketJSON {
+func (a *auditor) published(candidates []listener, sockets []socketJSON) []socketJSON {
 	var out []socketJSON
 	for i, l := range candidates {
 		var views []view

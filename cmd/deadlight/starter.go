@@ -71,12 +71,7 @@ func (s *starter) policy() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	tables := s.tables()
-	text, err := s.text(tables, left)
-	if err != nil {
-		return "", err
-	}
-	return s.admit(text)
+	return s.admit(s.text(s.tables(), left))
 }
 
 // choose takes the sockets that come into question.

@@ -83,7 +83,7 @@ func comment(text string) string {
 }
 
 // text writes the tables.
-func (s *starter) text(tables []*opening, left int) (string, error) {
+func (s *starter) text(tables []*opening, left int) string {
 	var b strings.Builder
 	b.WriteString(starterHead)
 	used := map[string]bool{}
@@ -118,7 +118,7 @@ func (s *starter) text(tables []*opening, left int) (string, error) {
 	if left > 0 {
 		b.WriteString(comment(fmt.Sprintf("The running rules were not asked about %s: too many.", plural(left, "packet"))))
 	}
-	return b.String(), nil
+	return b.String()
 }
 
 // echoClosed reports whether a ping is unanswered, or may be, on some way.
