@@ -64,7 +64,7 @@ func (c *Conn) Ending(rs *rules.Ruleset) ([]Flow, error) {
 	}
 	defer routes.Close()
 	e := &census{routes: routes, rs: rs, host: host, sockets: s, now: time.Now(), ways: map[netip.Addr]string{}, bySocket: map[tuple]socket{}}
-	s.flows = slices.DeleteFunc(s.flows, func(f socket) bool { return f.inode == 0 }) // closed, the kernel says goodbye
+	s.flows = slices.DeleteFunc(s.flows, func(f socket) bool { return f.Inode == 0 }) // closed, the kernel says goodbye
 	for _, f := range s.flows {
 		e.bySocket[f.tuple] = f
 	}
@@ -148,7 +148,7 @@ func (e *census) inbound(k *entry) {
 	})
 	if d.Outcome != rules.OutcomeOpen {
 		f.Kind, f.Rule = d.Kind, d.Rule
-		e.note(f, owner.inode)
+		e.note(f, owner.Inode)
 	}
 }
 
@@ -171,7 +171,7 @@ func (e *census) outbound(k *entry) {
 	e.note(Flow{
 		Protocol: k.orig.protocol.String(), Address: k.orig.src.Addr(), Port: k.orig.src.Port(),
 		Peer: k.orig.dst.Addr(), PeerPort: k.orig.dst.Port(), Outbound: true, Kind: "egress",
-	}, owner.inode)
+	}, owner.Inode)
 }
 
 // mentions reports whether a rule is about a port of a protocol.
@@ -194,7 +194,7 @@ func owns(g *rules.Egress, s socket) bool {
 		return true
 	}
 	id, err := lookupID(rules.MetaSkuid, g.User)
-	return err != nil || id == s.uid // apply refuses a user that does not exist
+	return err != nil || id == s.UID // apply refuses a user that does not exist
 }
 
 // transit is what is routed through the host.
@@ -266,17 +266,17 @@ func (e *census) note(f Flow, inode uint32) {
 
 // name fills in whose sockets they are.
 func (e *census) name() {
-	wanted := map[uint32]process{}
+	wanted := map[uint32]Process{}
 	for _, i := range e.inodes {
 		if i != 0 {
-			wanted[i] = process{}
+			wanted[i] = Process{}
 		}
 	}
 	if len(wanted) == 0 {
 		return
 	}
-	owners(wanted)
+	Owners(wanted)
 	for i, inode := range e.inodes {
-		e.out[i].PID, e.out[i].Process = wanted[inode].pid, wanted[inode].comm
+		e.out[i].PID, e.out[i].Process = wanted[inode].PID, wanted[inode].Comm
 	}
 }

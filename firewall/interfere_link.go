@@ -78,7 +78,7 @@ func policyLinks(rs *rules.Ruleset, links []netlink.Link) []netlink.Link {
 	chosen := map[int]bool{}
 	for _, l := range links {
 		a := l.Attrs()
-		chosen[a.Index] = a.Flags&unix.IFF_LOOPBACK == 0 && a.Name != "lo" &&
+		chosen[a.Index] = a.RawFlags&unix.IFF_LOOPBACK == 0 && a.Name != "lo" &&
 			(all || slices.ContainsFunc(patterns, func(p string) bool { return rules.MatchInterface(p, a.Name) }))
 	}
 	for range links { // a port of a bridge or bond, the parent of a VLAN, and so on down

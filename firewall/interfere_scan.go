@@ -221,10 +221,15 @@ func (k *liveRules) namedPorts(sets elementReader) ([]uint16, error) {
 						add(dataValue(e.data, unix.NFTA_RANGE_FROM_DATA))
 						add(dataValue(e.data, unix.NFTA_RANGE_TO_DATA))
 					case "match":
-						if info := attrOf(e.data, unix.NFTA_MATCH_INFO); attrText(e.data, unix.NFTA_MATCH_NAME) == "multiport" && len(info) >= 32 {
-							for i := 2; i < 32; i += 2 {
-								add(binary.BigEndian.AppendUint16(nil, binary.NativeEndian.Uint16(info[i:])))
-							}
+						info, from, to := attrOf(e.data, unix.NFTA_MATCH_INFO), 0, 0
+						switch attrText(e.data, unix.NFTA_MATCH_NAME) {
+						case "multiport":
+							from, to = 2, 32
+						case "tcp", "udp": // ends of the source ports, then of the others (struct xt_tcp, xt_udp)
+							from, to = 0, 8
+						}
+						for i := from; i < to && len(info) >= to; i += 2 {
+							add(binary.BigEndian.AppendUint16(nil, binary.NativeEndian.Uint16(info[i:])))
 						}
 					}
 				}

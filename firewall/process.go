@@ -7,15 +7,15 @@ import (
 	"strings"
 )
 
-// process is who holds a socket.
-type process struct {
-	pid  int
-	comm string
+// Process is who holds a socket; the zero Process cannot be told.
+type Process struct {
+	PID  int
+	Comm string // its name, as it gives it to itself
 }
 
-// owners fills in, by inode, which process has a socket open: the first of several.
-// What this user may not see stays empty.
-func owners(wanted map[uint32]process) {
+// Owners fills in, by inode, which process has a socket open: the first of several
+// (proc_pid_fd(5)). What this user may not see stays empty.
+func Owners(wanted map[uint32]Process) {
 	pids, err := os.ReadDir("/proc")
 	if err != nil {
 		return
@@ -44,14 +44,14 @@ func owners(wanted map[uint32]process) {
 				continue
 			}
 			was, asked := wanted[uint32(inode)]
-			if !asked || was.pid != 0 && was.pid <= pid {
+			if !asked || was.PID != 0 && was.PID <= pid {
 				continue
 			}
 			comm, err := os.ReadFile(filepath.Join(dir, "comm"))
 			if err != nil {
 				continue
 			}
-			wanted[uint32(inode)] = process{pid, strings.TrimSuffix(string(comm), "\n")}
+			wanted[uint32(inode)] = Process{pid, strings.TrimSuffix(string(comm), "\n")}
 		}
 	}
 }

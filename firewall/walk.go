@@ -1,8 +1,10 @@
 package firewall
 
 import (
+	"bytes"
 	"fmt"
 	"math"
+	"net/netip"
 	"slices"
 	"sort"
 
@@ -42,6 +44,10 @@ type Journey struct {
 	Verdict Verdict
 	By      Step     // what decided; of WalkUnknown the first rule that cannot be told; zero: no chain judges the packet
 	Notes   []string // what was assumed, what cannot be seen from here
+	// Moved says that rules wrote another destination, or may have; Target is where
+	// the packet arrives then, as far as it can be told.
+	Moved  bool
+	Target netip.AddrPort
 }
 
 // String says it in one line: "table ip filter, chain INPUT: policy drop".
@@ -305,6 +311,7 @@ func (w *walker) step(s Step, sure bool) {
 // journey sums up what is possible.
 func (w *walker) journey(possible endings) *Journey {
 	j := &Journey{Steps: w.steps, Notes: w.notes}
+	j.Moved, j.Target = w.diverted()
 	words := map[ending]Verdict{stateAccept: WalkAccept, stateDrop: WalkDrop, stateReject: WalkReject}
 	var found []ending
 	for k := range possible.by {
@@ -330,6 +337,21 @@ func (w *walker) journey(possible endings) *Journey {
 		}
 	}
 	return j
+}
+
+// diverted compares the packet's destination with the one it came for.
+func (w *walker) diverted() (bool, netip.AddrPort) {
+	was := newPacket(w.packet)
+	dst, port := w.p.dst(), w.p.transport.slice(2, 2)
+	same := func(a, b bits) bool { return bytes.Equal(a.val, b.val) && bytes.Equal(a.known, b.known) }
+	if same(was.dst(), dst) && (!hasPorts(w.packet.Protocol) || same(was.transport.slice(2, 2), port)) {
+		return false, netip.AddrPort{}
+	}
+	a, ok := addressIn(dst)
+	if !ok || !port.complete() || !hasPorts(w.packet.Protocol) {
+		return true, netip.AddrPort{}
+	}
+	return true, netip.AddrPortFrom(a, be16(port.val))
 }
 
 // unwalked names the chains that the packet may meet before netfilter's hooks

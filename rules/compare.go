@@ -33,6 +33,12 @@ func adminPorts() []adminPort {
 	}
 }
 
+// IsAdminPort reports whether hardly anybody means to open a port to the whole
+// world: an opening of it that names neither sources nor interfaces is warned of.
+func IsAdminPort(p Protocol, port uint16) bool {
+	return slices.ContainsFunc(adminPorts(), func(a adminPort) bool { return a.protocol == p && a.port == port })
+}
+
 // compare warns of what only shows when rules and sets are seen together.
 func (d *draft) compare(r *reader) {
 	d.warnFamilies(r)

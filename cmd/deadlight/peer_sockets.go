@@ -8,6 +8,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"deadlight/firewall"
 	"deadlight/rules"
 )
 
@@ -15,35 +16,22 @@ import (
 
 // establishedTCP lists the connections.
 func establishedTCP() ([]endpoint, error) {
-	const established = 1 // TCP_ESTABLISHED: include/net/tcp_states.h
-	return endpoints(netlink.SocketDiagTCP, established)
+	return endpoints(rules.TCP, firewall.SocketEstablished)
 }
 
 // boundUDP lists the sockets that are bound and not connected.
 func boundUDP() ([]endpoint, error) {
-	const closed = 7 // TCP_CLOSE
-	return endpoints(netlink.SocketDiagUDP, closed)
+	return endpoints(rules.UDP, firewall.SocketClose)
 }
 
-func endpoints(dump func(uint8) ([]*netlink.Socket, error), state uint8) ([]endpoint, error) {
+func endpoints(p rules.Protocol, state firewall.SocketState) ([]endpoint, error) {
+	sockets, err := firewall.Sockets(p, state)
+	if err != nil {
+		return nil, err
+	}
 	var out []endpoint
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		sockets, err := dumpSockets(dump, family)
-		if err != nil {
-			return nil, err
-		}
-		for _, s := range sockets {
-			local, ok1 := netip.AddrFromSlice(s.ID.Source)
-			remote, ok2 := netip.AddrFromSlice(s.ID.Destination)
-			if s.State != state || !ok1 || !ok2 {
-				continue
-			}
-			out = append(out, endpoint{
-				inode: s.INode, bound: int(s.ID.Interface),
-				local:  netip.AddrPortFrom(local.Unmap(), s.ID.SourcePort),
-				remote: netip.AddrPortFrom(remote.Unmap(), s.ID.DestinationPort),
-			})
-		}
+	for _, s := range sockets {
+		out = append(out, endpoint{inode: s.Inode, bound: s.Device, local: s.Local, remote: s.Remote})
 	}
 	return out, nil
 }

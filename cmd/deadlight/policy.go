@@ -83,7 +83,7 @@ func parseGuarded(file string, g *guard) (rs *rules.Ruleset, problems []rules.Pr
 	src, err := readFile(file, g)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && file == defaultPolicy:
-		return nil, nil, nil, usageError("name a policy, or begin with one of the examples in configs/", "there is no policy at %s", file)
+		return nil, nil, nil, usageError("name a policy, or write one from what listens now: sudo deadlight init", "there is no policy at %s", file)
 	case err != nil:
 		var p *fs.PathError
 		if errors.As(err, &p) {

@@ -50,8 +50,8 @@ func TestChangedPorts(t *testing.T) {
 		"first load":     {"none", web, "80/tcp|not filtered by deadlight → open|httpd (pid 1) listens\n5353/udp|not filtered by deadlight → filtered|mdns (pid 2) loses it\necho (ping)|not filtered by deadlight → answered\nall other ports|not filtered by deadlight → filtered"},
 	}
 	found := []listener{
-		{rules.TCP, netip.IPv6Unspecified(), 80, 1, "httpd"},
-		{rules.UDP, netip.MustParseAddr("192.0.2.1"), 5353, 2, "mdns"},
+		{Protocol: rules.TCP, Addr: netip.IPv6Unspecified(), Port: 80, PID: 1, Comm: "httpd"},
+		{Protocol: rules.UDP, Addr: netip.MustParseAddr("192.0.2.1"), Port: 5353, PID: 2, Comm: "mdns"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -1,18 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
+	"deadlight/firewall"
 	"deadlight/rules"
 )
 
@@ -20,10 +16,15 @@ import (
 // UDP that is not connected.
 type listener struct {
 	Protocol rules.Protocol
-	Addr     netip.Addr // unspecified: every address; of ::, IPv4 too unless the socket says no, which cannot be seen
+	Addr     netip.Addr // unspecified: every address; of ::, IPv4 too unless V6Only
 	Port     uint16
 	PID      int    // the lowest that holds it; 0: cannot be told
 	Comm     string // its name
+	V6Only   bool
+	MPTCP    bool
+	Device   string // the interface it is bound to; "": none
+	Inode    uint32 // 0: the kernel's own
+	UID      uint32 // who made it
 }
 
 // String names the process, as far as it is known.
@@ -36,98 +37,82 @@ func (l listener) String() string {
 
 // takes reports whether packets of a family can reach the socket.
 func (l listener) takes(v4 bool) bool {
-	return l.Addr.Is4() == v4 || l.Addr == netip.IPv6Unspecified()
+	return l.Addr.Is4() == v4 || l.Addr == netip.IPv6Unspecified() && !l.V6Only
 }
+
+// loopback reports whether only this host itself can reach the socket.
+func (l listener) loopback() bool { return l.Addr.IsLoopback() || l.Device == "lo" }
 
 // listeners lists the sockets of the calling thread's network namespace that
 // take what comes from outside, by protocol and port. Those bound to loopback
 // are left out.
 func listeners() ([]listener, error) {
-	const listen, closed = 10, 7 // TCP_LISTEN, TCP_CLOSE: include/net/tcp_states.h
+	all, err := allListeners()
+	return slices.DeleteFunc(all, listener.loopback), err
+}
+
+// allListeners is listeners with those that only this host itself can reach.
+// Sockets that one process has bound alike are one.
+func allListeners() ([]listener, error) {
 	var found []listener
-	inodes := map[uint32][]int{} // indexes of found
+	owners := map[uint32]firewall.Process{}
+	devices := map[int]string{}
 	for _, kind := range []struct {
 		protocol rules.Protocol
-		state    uint8
-		dump     func(family uint8) ([]*netlink.Socket, error)
-	}{{rules.TCP, listen, netlink.SocketDiagTCP}, {rules.UDP, closed, netlink.SocketDiagUDP}} {
-		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-			sockets, err := dumpSockets(kind.dump, family)
+		state    firewall.SocketState
+	}{{rules.TCP, firewall.SocketListen}, {rules.UDP, firewall.SocketClose}} {
+		sockets, err := firewall.Sockets(kind.protocol, kind.state)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range sockets {
+			if s.Local.Port() == 0 || s.Remote.Port() != 0 {
+				continue
+			}
+			device, err := deviceName(devices, s.Device)
 			if err != nil {
 				return nil, err
 			}
-			for _, s := range sockets {
-				addr, ok := netip.AddrFromSlice(s.ID.Source)
-				addr = addr.Unmap()
-				if !ok || s.State != kind.state || s.ID.SourcePort == 0 || s.ID.DestinationPort != 0 || addr.IsLoopback() {
-					continue
-				}
-				inodes[s.INode] = append(inodes[s.INode], len(found))
-				found = append(found, listener{Protocol: kind.protocol, Addr: addr, Port: s.ID.SourcePort})
-			}
+			owners[s.Inode] = firewall.Process{}
+			found = append(found, listener{
+				Protocol: s.Protocol, Addr: s.Local.Addr(), Port: s.Local.Port(), V6Only: s.V6Only, MPTCP: s.MPTCP,
+				Device: device, Inode: s.Inode, UID: s.UID,
+			})
 		}
 	}
-	if err := nameHolders(found, inodes); err != nil {
-		return nil, err
+	delete(owners, 0)
+	firewall.Owners(owners)
+	for i := range found {
+		p := owners[found[i].Inode]
+		found[i].PID, found[i].Comm = p.PID, p.Comm
 	}
 	slices.SortStableFunc(found, func(a, b listener) int {
-		if a.Protocol != b.Protocol {
-			return int(a.Protocol) - int(b.Protocol)
-		}
-		if a.Port != b.Port {
-			return int(a.Port) - int(b.Port)
-		}
-		return a.Addr.Compare(b.Addr)
+		return cmp.Or(int(a.Protocol)-int(b.Protocol), int(a.Port)-int(b.Port), a.Addr.Compare(b.Addr),
+			cmp.Compare(a.Device, b.Device), a.PID-b.PID)
 	})
-	return found, nil
+	return slices.CompactFunc(found, func(a, b listener) bool {
+		a.Inode, b.Inode = 0, 0
+		return a == b
+	}), nil
 }
 
-// dumpSockets lists the sockets of the calling thread's network namespace.
-func dumpSockets(dump func(family uint8) ([]*netlink.Socket, error), family uint8) (sockets []*netlink.Socket, err error) {
-	err = netlink.ErrDumpInterrupted
-	for tries := 0; tries < 10 && errors.Is(err, netlink.ErrDumpInterrupted); tries++ {
-		sockets, err = dump(family) // some came or went while they were listed
+// deviceName names an interface by its index, once; 0 is none.
+func deviceName(known map[int]string, index int) (string, error) {
+	if index == 0 {
+		return "", nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("list the sockets: %w", err)
+	if name, ok := known[index]; ok {
+		return name, nil
 	}
-	return sockets, nil
-}
-
-// nameHolders finds the processes that hold the sockets (proc_pid_fd(5)). What
-// this user may not see stays without a name.
-func nameHolders(found []listener, inodes map[uint32][]int) error {
-	dirs, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		return fmt.Errorf("list the processes: %w", err)
+	link, err := net.InterfaceByIndex(index)
+	var op *net.OpError
+	switch {
+	case err == nil:
+		known[index] = link.Name
+	case errors.As(err, &op): // it has gone since: nothing enters by it any more
+		known[index] = fmt.Sprintf("if%d", index)
+	default:
+		return "", fmt.Errorf("name interface %d: %w", index, err)
 	}
-	for _, dir := range dirs {
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil {
-			continue
-		}
-		fds, err := os.ReadDir(dir + "/fd")
-		if err != nil {
-			continue // it has ended, or is none of our business
-		}
-		for _, fd := range fds {
-			link, err := os.Readlink(dir + "/fd/" + fd.Name())
-			if err != nil {
-				continue
-			}
-			inode, ok := socketInode(link)
-			if !ok {
-				continue
-			}
-			for _, i := range inodes[inode] {
-				if found[i].PID == 0 || pid < found[i].PID {
-					comm, err := os.ReadFile(dir + "/comm")
-					if err == nil {
-						found[i].PID, found[i].Comm = pid, strings.TrimSuffix(string(comm), "\n")
-					}
-				}
-			}
-		}
-	}
-	return nil
+	return known[index], nil
 }
