@@ -466,7 +466,7 @@ func (r *Report) findings(b *strings.Builder) {
 		if f.Observed == Unknown {
 			word = "?"
 		}
-		if f.Reason == PassedGate.String() {
+		if f.Reason == PassedGate.String() && f.Expected != rules.OutcomeOpen.String() {
 			expected += " at the gate"
 		}
 		if f.Rule != "" {

@@ -114,11 +114,7 @@ func LookAtHost(ctx context.Context, cfg HostConfig) (_ *Report, err error) {
 func hostOutlook(cfg HostConfig, s *surroundings) (o *Outlook, left []string, err error) {
 	b := &outlookBuilder{rs: cfg.Rules, index: map[[3]string]int{}, ports: freshPorts(), real: s}
 	if cfg.In != "" && s.link(cfg.In) == nil {
-		var names []string
-		for i := range s.links {
-			names = append(names, s.links[i].name)
-		}
-		return nil, nil, fmt.Errorf("%q: %w here: %s", cfg.In, ErrNoInterface, strings.Join(names, ", "))
+		return nil, nil, fmt.Errorf("%q: %w here: %s", cfg.In, ErrNoInterface, strings.Join(s.interfaces(), ", "))
 	}
 	var first []string
 	for _, candidates := range [][]netip.Addr{candidates4(), candidates6()} {

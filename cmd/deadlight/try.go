@@ -127,6 +127,11 @@ func printReport(e env, r *verify.Report, asJSON bool) error {
 	if err != nil {
 		return err
 	}
+	return verdictCode(r)
+}
+
+// verdictCode is the exit code of a verdict.
+func verdictCode(r *verify.Report) error {
 	switch r.Verdict {
 	case verify.Fail:
 		return silently(exitFindings)
