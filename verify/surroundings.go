@@ -26,10 +26,10 @@ type surroundings struct {
 	busy    map[netip.Addr]bool // the far ends of its sockets
 	diverts bool                // the kernel can divert answers
 	returns map[netip.Addr]wayBack
-	hops    map[netip.Addr]bool // by gateway: it is known or answers
+	hops    map[[2]string]bool // by interface and gateway: it is known or answers
 }
 
-// hostLink is an interface of the host that is up and not a loopback.
+// hostLink is an interface of the host that is up, has a carrier and is no loopback.
 type hostLink struct {
 	name   string
 	index  int
@@ -52,7 +52,7 @@ type wayBack struct {
 func lookAround() (*surroundings, error) {
 	s := &surroundings{
 		local: map[netip.Addr]bool{}, busy: map[netip.Addr]bool{},
-		returns: map[netip.Addr]wayBack{}, hops: map[netip.Addr]bool{},
+		returns: map[netip.Addr]wayBack{}, hops: map[[2]string]bool{},
 	}
 	links, err := netlink.LinkList()
 	if err != nil {
@@ -88,7 +88,9 @@ func lookAround() (*surroundings, error) {
 				h.addrs = slices.Insert(h.addrs, 0, p)
 			}
 		}
-		if at.RawFlags&unix.IFF_UP != 0 && at.RawFlags&unix.IFF_LOOPBACK == 0 {
+		// Without a carrier nothing can come in, and the kernel redirects nothing there.
+		const ready = unix.IFF_UP | unix.IFF_LOWER_UP
+		if at.RawFlags&ready == ready && at.RawFlags&unix.IFF_LOOPBACK == 0 {
 			s.links = append(s.links, h)
 		}
 	}
@@ -228,11 +230,12 @@ func (s *surroundings) findBack(src netip.Addr) wayBack {
 	if hop == src {
 		return wayBack{divert: l, strange: !s.resolved(src, l)}
 	}
-	answers, asked := s.hops[hop]
+	key := [2]string{l.name, hop.String()}
+	answers, asked := s.hops[key]
 	if !asked {
 		_, err := neighbour(hop, l.at)
 		answers = err == nil
-		s.hops[hop] = answers
+		s.hops[key] = answers
 	}
 	if !answers {
 		return ours

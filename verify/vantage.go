@@ -75,20 +75,21 @@ func LookAtHost(ctx context.Context, cfg HostConfig) (_ *Report, err error) {
 	defer func() { err = errors.Join(err, e.close()) }()
 	paths := make([]Path, len(o.Views))
 	sports := make([]uint16, len(o.Views))
+	sources := make([]netip.Addr, len(o.Views))
 	for i := range o.Views {
 		v := &o.Views[i]
 		v.Path.Link = e.link(v.In)
 		if v.Sweep {
 			v.Path.Canaries = append(v.Path.Canaries, cfg.Canaries...)
 		}
-		paths[i], sports[i] = v.Path, v.Path.SrcPort
+		paths[i], sports[i], sources[i] = v.Path, v.Path.SrcPort, v.Path.Src
 	}
 	if err := e.admit(paths, s); err != nil {
 		return nil, fmt.Errorf("have the answers of this host: %w", err)
 	}
 	var trip *Tripwire
 	if !cfg.PacketsOnly {
-		if trip, err = ArmTripwire(cfg.Host, sports); err != nil {
+		if trip, err = ArmTripwireFor(cfg.Host, sports, sources); err != nil {
 			return nil, err
 		}
 		defer func() { err = errors.Join(err, trip.Remove()) }()
@@ -118,10 +119,6 @@ func hostOutlook(cfg HostConfig, s *surroundings) (o *Outlook, left []string, er
 	}
 	var first []string
 	for _, candidates := range [][]netip.Addr{candidates4(), candidates6()} {
-		kind := "IPv6"
-		if candidates[0].Is4() {
-			kind = "IPv4"
-		}
 		main, dst, ok := s.main(cfg.In, candidates)
 		if !ok {
 			continue // noted in the report
@@ -129,7 +126,7 @@ func hostOutlook(cfg HostConfig, s *surroundings) (o *Outlook, left []string, er
 		list := append(b.unnamed(candidates), candidates...)
 		i := slices.IndexFunc(list, func(a netip.Addr) bool { return s.reaches(main, a) })
 		if i < 0 {
-			left = append(left, fmt.Sprintf("%s by %s: %s", kind, main, s.whyNot(main, candidates[0])))
+			left = append(left, fmt.Sprintf("%s by %s: %s", kindOf(candidates[0]), main, s.whyNot(main, candidates[0])))
 			continue
 		}
 		b.families = append(b.families, family{dst, list[i], main})
@@ -157,16 +154,45 @@ func hostOutlook(cfg HostConfig, s *surroundings) (o *Outlook, left []string, er
 		}
 	}
 	b.views(cfg.Ports)
-	for _, t := range allTraffic(cfg.Rules.Policy) {
+	return &b.out, append(left, b.unseen()...), nil
+}
+
+// unseen names the interfaces that rules name and that nothing was to be sent by,
+// though the host has an address there.
+func (b *outlookBuilder) unseen() []string {
+	var out []string
+	for _, t := range allTraffic(b.rs.Policy) {
+		if tcp, udp := b.portsOf(t); len(tcp)+len(udp) == 0 {
+			continue // a protocol that is not probed
+		}
 		for _, p := range t.Interfaces {
-			names := b.instances(p)
-			shown := slices.ContainsFunc(b.out.Views, func(v View) bool { return slices.Contains(names, v.In) })
-			if len(names) > 0 && !shown {
-				left = append(left, fmt.Sprintf("what comes in by %s: no source address is right there", strings.Join(names, ", ")))
+			for _, name := range b.instances(p) {
+				for _, f := range b.families {
+					if what := b.unseenBy(name, f); t.Family.Has(f.dst.Is4()) && what != "" && !slices.Contains(out, what) {
+						out = append(out, what)
+					}
+				}
 			}
 		}
 	}
-	return &b.out, left, nil
+	return out
+}
+
+// unseenBy is unseen for one interface and family; "" when it is seen.
+func (b *outlookBuilder) unseenBy(name string, f family) string {
+	is4 := func(a netip.Addr) bool { return a.Is4() == f.dst.Is4() }
+	has := slices.ContainsFunc(b.real.link(name).addrs, func(p netip.Prefix) bool { return is4(p.Addr()) })
+	if !has || slices.ContainsFunc(b.out.Views, func(v View) bool { return v.In == name && is4(v.Path.Dst) }) {
+		return ""
+	}
+	return fmt.Sprintf("%s by %s: %s", kindOf(f.dst), name, b.real.whyNot(name, f.src))
+}
+
+func kindOf(a netip.Addr) string {
+	if a.Is4() {
+		return "IPv4"
+	}
+	return "IPv6"
 }
 
 // whyNot says why no stranger can be had at an interface.
@@ -204,6 +230,17 @@ func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res 
 	}
 	if cfg.Rules.Policy.Default.Observe {
 		r.Notes = append(r.Notes, "enforce = false: nothing is dropped, every port is reachable")
+	}
+	var absent []string
+	for _, t := range allTraffic(cfg.Rules.Policy) {
+		for _, p := range t.Interfaces {
+			if !slices.ContainsFunc(o.Links, func(name string) bool { return rules.MatchInterface(p, name) }) && !slices.Contains(absent, p) {
+				absent = append(absent, p)
+			}
+		}
+	}
+	if len(absent) > 0 {
+		r.Notes = append(r.Notes, "not probed: what comes in by "+strings.Join(absent, ", ")+": no such interface is up with a carrier and an address")
 	}
 	if other := otherProtocols(cfg.Rules.Policy); other != "" {
 		r.Notes = append(r.Notes, "not probed: "+other)

@@ -294,3 +294,105 @@ func TestVantageIsNotOnTheWire(t *testing.T) {
 		t.Errorf("tcpdump: %s\n%s", said.String(), seen.String())
 	}
 }
+
+// Others have the source ports of a vantage too: what they send to what is open to
+// them is no passage of a probe.
+func TestTripwireForSenders(t *testing.T) {
+	w := furnished(t, "", "0")
+	const port = 23456
+	trip, err := ArmTripwireFor(w.Host, []uint16{port}, parseAddrs("198.51.100.7", "2001:db8:5::7"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer trip.Remove()
+	var paths []Path
+	for _, src := range parseAddrs("198.51.100.7", "198.51.100.8", "2001:db8:5::7", "2001:db8:5::8") {
+		dst := netip.MustParseAddr("203.0.113.10")
+		if src.Is6() {
+			dst = netip.MustParseAddr("2001:db8:77::10")
+		}
+		last := uint16(src.AsSlice()[len(src.AsSlice())-1])
+		paths = append(paths, Path{Link: w.Link("eth0"), Src: src, Dst: dst, SrcPort: port, TCP: []uint16{last, 80 + last}})
+	}
+	if _, err := Sweep(t.Context(), Config{Paths: paths}); err != nil {
+		t.Fatal(err)
+	}
+	for name, read := range map[string]func() ([]Passage, error){"passed": trip.Passed, "gate": trip.GatePassed} {
+		got, err := read()
+		want := []Passage{{port, 7, rules.TCP, false}, {port, 87, rules.TCP, false}, {port, 7, rules.TCP, true}, {port, 87, rules.TCP, true}}
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: %v %v, want %v", name, got, err, want)
+		}
+	}
+}
+
+// An address that the host talks to is not taken from it: a route of ours would.
+func TestVantageLeavesPeersAlone(t *testing.T) {
+	rs := compileText(t, "[open.web]\nports = 80\n[open.monitor]\nports = 9000\nfrom = \"198.51.100.7\"\n")
+	w := furnished(t, compiled(t, rs), "0")
+	// Without a gateway every way back is a route of ours.
+	own := "ip neigh del 169.254.0.1 dev eth0; ip neigh del fe80::1 dev eth0"
+	if err := w.Command(t.Context(), []string{"sh", "-c", own}, os.Stderr, os.Stderr); err != nil {
+		t.Fatal(err)
+	}
+	few := allPorts()[:100]
+	seen := func() bool {
+		r := lookAt(t, w, HostConfig{Rules: rs, Ports: Ports{few, few}})
+		if r.Verdict != Pass {
+			t.Errorf("verdict %s:\n%s", r.Verdict, text(t, r))
+		}
+		return slices.ContainsFunc(r.Restrictions, func(x Restriction) bool { return x.From == "198.51.100.7" })
+	}
+	if !seen() {
+		t.Error("an address that nobody uses was not looked from")
+	}
+	var peer int
+	if err := w.Host(func() (err error) {
+		if peer, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
+			return err
+		}
+		return unix.Connect(peer, &unix.SockaddrInet4{Port: 514, Addr: [4]byte{198, 51, 100, 7}})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(peer)
+	if seen() {
+		t.Error("an address that the host talks to was taken from it")
+	}
+}
+
+// What has no Ethernet header is entered too, where the kernel takes answers by
+// another way; where it does not, it is said.
+func TestVantageTunnel(t *testing.T) {
+	rs := compileText(t, "[open.web]\nports = 80\n[open.inner]\nports = 9000\ninterfaces = \"tun0\"\n")
+	for rpFilter, want := range map[string]Verdict{"0": Pass, "1": Inconclusive} {
+		w := furnished(t, compiled(t, rs), rpFilter)
+		var fd int
+		if err := w.Host(func() (err error) {
+			if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+				return err
+			}
+			req, err := unix.NewIfreq("tun0")
+			if err != nil {
+				return err
+			}
+			req.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+			return unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		tunnel := "ip addr add 10.9.0.1/24 dev tun0 && ip link set tun0 up && echo " + rpFilter + " >/proc/sys/net/ipv4/conf/tun0/rp_filter"
+		if err := w.Command(t.Context(), []string{"sh", "-c", tunnel}, os.Stderr, os.Stderr); err != nil {
+			t.Fatal(err)
+		}
+		few := allPorts()[:100]
+		r := lookAt(t, w, HostConfig{Rules: rs, Ports: Ports{few, few}})
+		seen4 := slices.ContainsFunc(r.Restrictions, func(x Restriction) bool {
+			return x.Interface == "tun0" && x.Rule == "inner" && x.Open == "9000/tcp" && netip.MustParseAddr(x.From).Is4()
+		})
+		if r.Verdict != want || seen4 != (want == Pass) {
+			t.Errorf("rp_filter=%s: verdict %s, seen by tun0: %v\n%s", rpFilter, r.Verdict, seen4, text(t, r))
+		}
+	}
+}
