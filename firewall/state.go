@@ -484,7 +484,7 @@ func (s *State) Clear() error {
 	if err := s.writable(); err != nil {
 		return err
 	}
-	for _, name := range indexes() {
+	for _, name := range append(indexes(), verifiedName) {
 		if err := s.unlink(name); err != nil {
 			return err
 		}
@@ -652,7 +652,7 @@ func (s *State) sweep() error {
 		sum, isBlob := strings.CutSuffix(name, blobEnd)
 		ours := isBlob && isDigest(sum) && !used[name]
 		if base, isTemp := strings.CutSuffix(name, tempEnd); isTemp {
-			ours = slices.Contains(indexes(), base) || isDigest(strings.TrimSuffix(base, blobEnd))
+			ours = slices.Contains(indexes(), base) || base == verifiedName || isDigest(strings.TrimSuffix(base, blobEnd))
 		}
 		if ours {
 			if err := s.unlink(name); err != nil {

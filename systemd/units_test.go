@@ -16,7 +16,12 @@ import (
 )
 
 // mostExposure is what systemd-analyze security may say of a unit, of 10.
-const mostExposure = 2.0
+func mostExposure(unit string) float64 {
+	if unit == "deadlight-verify.service" {
+		return 2.4 // a network namespace takes CAP_SYS_ADMIN
+	}
+	return 2.0
+}
 
 // root is a directory with the units, and something in place of what they run.
 func root(t *testing.T) string {
@@ -65,8 +70,8 @@ func TestSecurity(t *testing.T) {
 		}
 		exposure, err := strconv.ParseFloat(string(found[1]), 64)
 		t.Logf("%s: %.1f", name, exposure)
-		if err != nil || exposure > mostExposure {
-			t.Errorf("%s: exposure %.1f is more than %.1f (%v)", name, exposure, mostExposure, err)
+		if err != nil || exposure > mostExposure(name) {
+			t.Errorf("%s: exposure %.1f is more than %.1f (%v)", name, exposure, mostExposure(name), err)
 		}
 	}
 }

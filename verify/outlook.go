@@ -31,6 +31,7 @@ const (
 	mostRanges       = 200 // of one rule
 	mostPortsOfAView = 64
 	mostAddresses    = 16 // of the host
+	mostInterfaces   = 32 // of the host, for one rule
 )
 
 // NewOutlook chooses addresses, interfaces and views for a policy.
@@ -45,32 +46,43 @@ func NewOutlook(rs *rules.Ruleset, ipv6 bool) (*Outlook, error) {
 		return nil, errors.New("no address is left for the throw-away host: the policy names them all")
 	}
 	o.Links = b.links()
-	b.families = []family{{o.Host4, src4}}
+	b.families = []family{{o.Host4, src4, o.Links[0]}}
 	if ipv6 {
-		b.families = append(b.families, family{o.Host6, src6})
-	}
-	for _, f := range b.families {
-		v := b.view(o.Links[0], f.src, f.dst)
-		v.Sweep = true
-		v.Path.TCP, v.Path.UDP = allPorts(), allPorts()
+		b.families = append(b.families, family{o.Host6, src6, o.Links[0]})
 	}
 	for _, t := range allTraffic(rs.Policy) {
 		b.destinations(t)
 	}
-	for i := range rs.Policy.Open {
-		b.restriction(rs.Policy.Open[i].Name, &rs.Policy.Open[i].Traffic)
-	}
-	for i := range rs.Policy.Block {
-		b.restriction("block "+rs.Policy.Block[i].Name, &rs.Policy.Block[i].Traffic)
-	}
-	for i := range o.Views {
-		v := &o.Views[i]
-		v.Path.Canaries = canaries(newExpecter(rs, v), &v.Path)
-	}
+	b.views(Ports{allPorts(), allPorts()})
 	return o, nil
 }
 
-type family struct{ dst, src netip.Addr }
+// views adds the sweeps and all that shows a restricted rule.
+func (b *outlookBuilder) views(sweep Ports) {
+	for _, f := range b.families {
+		if v := b.view(f.main, f.src, f.dst); v != nil {
+			v.Sweep = true
+			v.Path.TCP, v.Path.UDP = sweep.TCP, sweep.UDP
+		}
+	}
+	for i := range b.rs.Policy.Open {
+		b.restriction(b.rs.Policy.Open[i].Name, &b.rs.Policy.Open[i].Traffic)
+	}
+	for i := range b.rs.Policy.Block {
+		b.restriction("block "+b.rs.Policy.Block[i].Name, &b.rs.Policy.Block[i].Traffic)
+	}
+	for i := range b.out.Views {
+		v := &b.out.Views[i]
+		v.Path.Canaries = canaries(newExpecter(b.rs, v), &v.Path)
+	}
+}
+
+// family is how the sweep of one goes: to which address of the host, from which
+// of a stranger, by which interface.
+type family struct {
+	dst, src netip.Addr
+	main     string
+}
 
 type outlookBuilder struct {
 	rs       *rules.Ruleset
@@ -78,6 +90,7 @@ type outlookBuilder struct {
 	families []family
 	index    map[[3]string]int // interface, source and destination: place in out.Views
 	ports    []uint16          // fresh source ports, used from the end
+	real     *surroundings     // of a host that is not ours to furnish; nil: throw-away
 }
 
 // freshPorts are source ports in random order, outside the default
@@ -117,6 +130,15 @@ func parseAddrs(list ...string) []netip.Addr {
 // addresses picks one for the host and one for an outsider whom no rule names;
 // where the rules name every candidate, any two.
 func (b *outlookBuilder) addresses(candidates []netip.Addr) (host, outside netip.Addr, ok bool) {
+	free := b.unnamed(candidates)
+	if len(free) < 2 {
+		free = candidates
+	}
+	return free[0], free[1], len(free) >= 2
+}
+
+// unnamed gives the addresses that no rule and no set names.
+func (b *outlookBuilder) unnamed(candidates []netip.Addr) []netip.Addr {
 	named := func(a netip.Addr) bool {
 		in := func(ranges []rules.AddrRange) bool {
 			return slices.ContainsFunc(ranges, func(r rules.AddrRange) bool { return r.Contains(a) })
@@ -130,11 +152,7 @@ func (b *outlookBuilder) addresses(candidates []netip.Addr) (host, outside netip
 			return in(t.From.Ranges) || in(t.Except.Ranges) || in(t.To.Ranges)
 		})
 	}
-	free := slices.DeleteFunc(slices.Clone(candidates), named)
-	if len(free) < 2 {
-		free = candidates
-	}
-	return free[0], free[1], len(free) >= 2
+	return slices.DeleteFunc(slices.Clone(candidates), named)
 }
 
 // links names the host's interfaces: one that no rule names, one for every
@@ -164,12 +182,41 @@ func (b *outlookBuilder) links() []string {
 	return out
 }
 
+// enters lists the interfaces by which to look at a rule: main, and where it names
+// some those it names, and on a real host all others.
+func (b *outlookBuilder) enters(t *rules.Traffic, main string) []string {
+	in := []string{main}
+	for _, p := range t.Interfaces {
+		for _, name := range b.instances(p) {
+			if name != "lo" && !slices.Contains(in, name) {
+				in = append(in, name)
+			}
+		}
+	}
+	if b.real != nil && len(t.Interfaces) > 0 {
+		for _, name := range b.out.Links {
+			if !slices.Contains(in, name) && len(in) < mostInterfaces {
+				in = append(in, name)
+			}
+		}
+	}
+	return in
+}
+
+// instances names the host's interfaces that a pattern means.
+func (b *outlookBuilder) instances(pattern string) []string {
+	if b.real == nil {
+		return []string{instance(pattern)}
+	}
+	return slices.DeleteFunc(slices.Clone(b.out.Links), func(name string) bool { return !rules.MatchInterface(pattern, name) })
+}
+
 // view gives the view of a source on an interface, made on first use.
 func (b *outlookBuilder) view(in string, src, dst netip.Addr) *View {
 	key := [3]string{in, src.String(), dst.String()}
 	i, ok := b.index[key]
 	if !ok {
-		if len(b.out.Views) >= mostViews || len(b.ports) == 0 {
+		if len(b.out.Views) >= mostViews || len(b.ports) == 0 || b.real != nil && !b.real.reaches(in, src) {
 			b.out.Unprobed++
 			return nil
 		}
@@ -216,26 +263,28 @@ func (b *outlookBuilder) restriction(name string, t *rules.Traffic) {
 	if len(tcp)+len(udp) == 0 {
 		return // a protocol that is not probed
 	}
-	in := []string{b.out.Links[0]}
-	for _, p := range t.Interfaces {
-		if name := instance(p); name != "lo" && !slices.Contains(in, name) {
-			in = append(in, name)
-		}
-	}
 	for _, f := range b.families {
+		in := b.enters(t, f.main)
 		dsts := []netip.Addr{f.dst}
 		for _, r := range b.ranges(&t.To) {
 			if r.Lo.Is4() == f.dst.Is4() && slices.Contains(b.out.More, r.Lo) {
 				dsts = append(dsts, r.Lo)
 			}
 		}
-		for _, s := range b.sources(t, f) {
+		sources := b.sources(t, f)
+		if b.real != nil {
+			sources = append(sources, b.real.neighbours(in[1:], t, b.ranges, f)...)
+		}
+		for _, s := range sources {
 			if !usable(s.addr) || s.addr == f.dst || slices.Contains(b.out.More, s.addr) {
 				b.out.Unprobed++
 				continue
 			}
 			for _, dst := range dsts {
 				for _, ifname := range in {
+					if s.in != "" && s.in != ifname {
+						continue
+					}
 					v := b.view(ifname, s.addr, dst)
 					if v == nil {
 						continue
@@ -274,12 +323,13 @@ func (b *outlookBuilder) portsOf(t *rules.Traffic) (tcp, udp []uint16) {
 type source struct {
 	addr  netip.Addr
 	place string
+	in    string // by this interface only; "" by each
 }
 
 // sources are the addresses from which to look at a rule: the ends of each of
 // its ranges, one within, the neighbours on both sides, and a stranger.
 func (b *outlookBuilder) sources(t *rules.Traffic, f family) []source {
-	out := []source{{f.src, "beside"}}
+	out := []source{{f.src, "beside", ""}}
 	if t.From.Any {
 		out[0].place = "inside"
 	}
@@ -291,18 +341,18 @@ func (b *outlookBuilder) sources(t *rules.Traffic, f family) []source {
 		ranges = ranges[:mostRanges]
 	}
 	for _, r := range ranges {
-		out = append(out, source{r.Lo, "edge"})
+		out = append(out, source{r.Lo, "edge", ""})
 		if r.Hi != r.Lo {
-			out = append(out, source{r.Hi, "edge"})
+			out = append(out, source{r.Hi, "edge", ""})
 			if mid := middle(r); mid != r.Lo && mid != r.Hi {
-				out = append(out, source{mid, "inside"})
+				out = append(out, source{mid, "inside", ""})
 			}
 		}
 		if a := r.Lo.Prev(); a.IsValid() {
-			out = append(out, source{a, "beside"})
+			out = append(out, source{a, "beside", ""})
 		}
 		if a := r.Hi.Next(); a.IsValid() {
-			out = append(out, source{a, "beside"})
+			out = append(out, source{a, "beside", ""})
 		}
 	}
 	return out

@@ -495,7 +495,7 @@ func (l *foldedFinding) reason() string {
 
 // expected is what the policy says, in words.
 func (l *foldedFinding) expected() string {
-	if l.first.Reason == PassedGate.String() {
+	if l.first.Reason == PassedGate.String() && l.first.Expected != rules.OutcomeOpen.String() {
 		return l.first.Expected + " at the gate"
 	}
 	return l.first.Expected

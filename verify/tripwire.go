@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -71,7 +72,13 @@ func ArmTripwire(in Runner, srcPorts []uint16, others ...TripwireSource) (*Tripw
 	return armTripwire(in, srcPorts, others, uint32(min(passagesMost, passagesEach*len(srcPorts))))
 }
 
-func armTripwire(in Runner, srcPorts []uint16, others []TripwireSource, size uint32) (*Tripwire, error) {
+// ArmTripwireFor is [ArmTripwire] where others send too: only what comes from one of
+// some addresses is noted.
+func ArmTripwireFor(in Runner, srcPorts []uint16, from []netip.Addr) (*Tripwire, error) {
+	return armTripwire(in, srcPorts, nil, uint32(min(passagesMost, passagesEach*len(srcPorts))), from...)
+}
+
+func armTripwire(in Runner, srcPorts []uint16, others []TripwireSource, size uint32, from ...netip.Addr) (*Tripwire, error) {
 	ports := slices.Clone(srcPorts)
 	slices.Sort(ports)
 	ports = slices.Compact(ports)
@@ -103,7 +110,7 @@ func armTripwire(in Runner, srcPorts []uint16, others []TripwireSource, size uin
 		if _, err := t.conn.ListTableOfFamily(tripwireTable, nftables.TableFamilyINet); err == nil {
 			return unix.EEXIST
 		}
-		if err := t.compose(ports, others, size); err != nil {
+		if err := t.compose(ports, others, size, from); err != nil {
 			return err
 		}
 		return t.conn.Flush()
@@ -170,8 +177,11 @@ const (
 )
 
 // compose queues the table, as one transaction.
-func (t *Tripwire) compose(ports []uint16, others []TripwireSource, size uint32) error {
+func (t *Tripwire) compose(ports []uint16, others []TripwireSource, size uint32, from []netip.Addr) error {
 	t.conn.CreateTable(t.table) // refuses one that is there
+	if err := t.sendersOf(from); err != nil {
+		return err
+	}
 
 	source, err := nftables.ConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
 	if err != nil {
@@ -243,6 +253,7 @@ func (t *Tripwire) compose(ports []uint16, others []TripwireSource, size uint32)
 	// Behind defragmentation (-400), before anybody could drop.
 	arrive := t.chain("arrive", nftables.ChainHookPrerouting, -310)
 	t.notLoopback(arrive)
+	t.onlySenders(arrive, len(from) > 0)
 	for _, protocol := range []rules.Protocol{rules.TCP, rules.UDP} {
 		match := []expr.Any{
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg0},
@@ -271,6 +282,7 @@ func (t *Tripwire) compose(ports []uint16, others []TripwireSource, size uint32)
 	} {
 		chain := t.chain(base.name, base.hook, base.priority)
 		t.notLoopback(chain)
+		t.onlySenders(chain, len(from) > 0)
 		t.rule(chain, &expr.Verdict{Kind: expr.VerdictJump, Chain: base.note})
 	}
 	return nil
@@ -305,6 +317,57 @@ func (t *Tripwire) notLoopback(c *nftables.Chain) {
 		&expr.Meta{Key: expr.MetaKeyIIFTYPE, Register: reg0},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: binaryutil.NativeEndian.PutUint16(unix.ARPHRD_LOOPBACK)},
 		&expr.Verdict{Kind: expr.VerdictAccept})
+}
+
+// probeSender is a set of addresses of one family, and where packets bear theirs.
+type probeSender struct {
+	name    string
+	nfproto byte
+	offset  uint32
+	key     nftables.SetDatatype
+}
+
+func senders() []probeSender {
+	return []probeSender{
+		{"senders4", unix.NFPROTO_IPV4, 12, nftables.TypeIPAddr},
+		{"senders6", unix.NFPROTO_IPV6, 8, nftables.TypeIP6Addr},
+	}
+}
+
+// sendersOf adds the sets of the addresses that probes come from.
+func (t *Tripwire) sendersOf(from []netip.Addr) error {
+	if len(from) == 0 {
+		return nil
+	}
+	for _, s := range senders() {
+		var elements []nftables.SetElement
+		seen := map[netip.Addr]bool{}
+		for _, a := range from {
+			if !seen[a] && a.BitLen() == int(s.key.Bytes)*8 {
+				seen[a] = true
+				elements = append(elements, nftables.SetElement{Key: a.AsSlice()})
+			}
+		}
+		if err := t.conn.AddSet(&nftables.Set{Table: t.table, Name: s.name, KeyType: s.key}, elements); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// onlySenders lets go what comes from anybody else.
+func (t *Tripwire) onlySenders(c *nftables.Chain, known bool) {
+	if !known {
+		return
+	}
+	for _, s := range senders() {
+		t.rule(c,
+			&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg0},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: []byte{s.nfproto}},
+			&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: s.offset, Len: s.key.Bytes, DestRegister: reg0},
+			&expr.Lookup{SourceRegister: reg0, SetName: s.name, Invert: true},
+			&expr.Verdict{Kind: expr.VerdictAccept})
+	}
 }
 
 // note adds the rules that put a probe into the sets of a place. An add that

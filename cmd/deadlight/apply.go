@@ -35,6 +35,11 @@ systemd is dead. On a terminal the time is counted down; Ctrl-C leaves the trial
 running. After a reboot only what was confirmed is loaded. No other policy is
 applied meanwhile; deadlight rollback ends a trial at once.
 
+With --verify it is on trial while this host is probed from outside, as deadlight
+verify does: what passes is confirmed at once, anything else is rolled back (exit
+4). --confirm D gives it that time instead of two minutes. Should this command be
+killed meanwhile, the kernel goes back by itself.
+
 A policy that would not let your own SSH or mosh session in again is refused, with
 the lines to add. The session is found through its socket, also under sudo, su,
 tmux and screen; what a service or a timer runs has none.
@@ -49,24 +54,29 @@ replaced by what was last applied, else by a lock-down: replies, neighbour
 discovery, ICMP errors, the DHCP client, and what [failsafe] of the policy, of what
 was last applied or of failsafe.toml beside the policy admits. Exit 1 then, with
 the reason in one line.`,
-		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --confirm 60s\n  sudo deadlight apply --dry-run",
+		Example: "  sudo deadlight apply\n  sudo deadlight apply ./policy.toml\n  sudo deadlight apply --confirm 60s\n  sudo deadlight apply --verify\n  sudo deadlight apply --dry-run",
 		Args:    atMostPolicy,
 	}
 	dir := stateFlag(c)
 	c.Flags().BoolVar(&dry, "dry-run", false, "change nothing: the same as deadlight plan")
 	c.Flags().DurationVar(&f.within, "confirm", 0, "go back after this time, unless deadlight confirm is run: 60s, 5m")
 	c.Flags().BoolVar(&f.noWait, "no-wait", false, "with --confirm: do not count down on a terminal")
+	c.Flags().BoolVar(&f.verify, "verify", false, "probe this host from outside, and go back unless it is as the policy says")
 	c.Flags().BoolVar(&f.acceptLockout, "accept-lockout", false, "apply also what does not admit your own session")
 	c.Flags().BoolVar(&f.insecure, "insecure-policy", false, "apply also what others than root can write")
 	c.Flags().BoolVar(&atBoot, "boot", false, "for the boot unit: load what can be had of the policy, the last known\ngood and a lock-down; exit 1 when it is not the policy")
 	c.MarkFlagsMutuallyExclusive("boot", "dry-run")
 	c.MarkFlagsMutuallyExclusive("boot", "confirm")
+	c.MarkFlagsMutuallyExclusive("boot", "verify")
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if atBoot {
 			return boot(e, policyArg(args), *dir)
 		}
 		if c.Flags().Changed("confirm") && (f.within < shortestTrial || f.within > longestTrial) {
 			return usageError("deadlight apply --confirm 60s", "--confirm takes from 2s to 24h: %s", f.within)
+		}
+		if f.verify && f.within == 0 {
+			f.within = verifyTrial
 		}
 		if dry {
 			return plan(e, policyArg(args), planFlags{state: *dir})
@@ -78,7 +88,7 @@ the reason in one line.`,
 
 type applyFlags struct {
 	within                  time.Duration // on trial for so long; 0: not
-	noWait                  bool
+	noWait, verify          bool
 	acceptLockout, insecure bool
 }
 
@@ -107,15 +117,24 @@ func apply(ctx context.Context, e env, file, dir string, f applyFlags) error {
 	}
 	if len(res.Changed) == 0 {
 		printf(e.stdout, "No changes: the kernel holds what %s says, generation %d\n", printable(file), res.Generation.ID)
+		if f.verify {
+			return verifyApplied(ctx, e, file, dir, rs, from)
+		}
 		return nil
 	}
 	if r.OnTrial() {
 		printf(e.stdout, "Applied generation %d on trial: in one transaction, read back identical\n", res.Generation.ID)
+		if f.verify {
+			return verifyOnTrial(ctx, e, file, dir, rs, from, r)
+		}
 		return announce(ctx, e, dir, rs, r, f)
 	}
 	printf(e.stdout, "Applied generation %d: %s in one transaction, read back identical\n", res.Generation.ID, plural(len(res.Changed), "difference"))
 	if f.within > 0 {
 		printf(e.stdout, "Nothing to confirm: it judges like the policy that was applied before\n")
+	}
+	if f.verify {
+		return verifyApplied(ctx, e, file, dir, rs, from)
 	}
 	return nil
 }

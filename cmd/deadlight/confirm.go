@@ -32,7 +32,7 @@ Exit codes: 0 kept, 3 refused or nothing to confirm.`,
 	}
 	dir := stateFlag(c)
 	c.RunE = func(*cobra.Command, []string) error {
-		r, err := confirmHere(e, *dir)
+		r, err := confirmHere(e, *dir, false)
 		if err != nil {
 			return hostError(err, "deadlight confirm")
 		}
@@ -42,8 +42,9 @@ Exit codes: 0 kept, 3 refused or nothing to confirm.`,
 	return c
 }
 
-// confirmHere keeps what is on trial in the network namespace of the calling thread.
-func confirmHere(e env, dir string) (_ *firewall.Record, err error) {
+// confirmHere keeps what is on trial in the network namespace of the calling thread;
+// proven says that a verification passed, which shows more than a session does.
+func confirmHere(e env, dir string, proven bool) (_ *firewall.Record, err error) {
 	h, err := openHost(dir, true)
 	if err != nil {
 		return nil, err
@@ -81,7 +82,7 @@ func confirmHere(e env, dir string) (_ *firewall.Record, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if rs.Policy.Default.KeepFlows && sameSession(sshSession(), last.Session) {
+	if !proven && rs.Policy.Default.KeepFlows && sameSession(sshSession(), last.Session) {
 		return nil, refused(errors.New(`this SSH connection began before the trial, and established = "keep" lets it live: it does not show that you can get in`),
 			"open another SSH connection and confirm there")
 	}

@@ -80,6 +80,11 @@ func (f *reportFlags) print(e env, r *verify.Report) error {
 	if err != nil {
 		return err
 	}
+	return verdictCode(r)
+}
+
+// verdictCode is the exit code of a verdict.
+func verdictCode(r *verify.Report) error {
 	switch r.Verdict {
 	case verify.Fail:
 		return silently(exitFindings)

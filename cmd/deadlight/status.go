@@ -68,6 +68,7 @@ type statusJSON struct {
 	Schema       int                `json:"schema"`
 	Policy       policyStatusJSON   `json:"policy"`
 	Kernel       kernelStatusJSON   `json:"kernel"`
+	Verified     *verifiedJSON      `json:"verified,omitempty"` // the last verification of this host
 	Counters     []counterJSON      `json:"counters"`
 	Interference []interferenceJSON `json:"interference"`
 	Notes        []string           `json:"notes"`
@@ -92,6 +93,18 @@ type kernelStatusJSON struct {
 	Since       uint32  `json:"generations_since"` // changes to any table since the apply
 	Rebooted    bool    `json:"rebooted"`          // since the apply
 	By          *byJSON `json:"by,omitempty"`      // who is known to have changed a table last, if not the apply
+}
+
+// verifiedJSON is the last verdict about this host.
+type verifiedJSON struct {
+	At       time.Time `json:"at"`
+	Verdict  string    `json:"verdict"`
+	Findings int       `json:"findings"`
+	Proof    string    `json:"proof"`
+	Ports    string    `json:"ports"`
+	Policy   string    `json:"policy"`
+	// Current says that it is of the policy that was applied last, as it was applied.
+	Current bool `json:"current"`
 }
 
 // counterJSON is a named counter of the table.
@@ -155,6 +168,9 @@ func (s *statusJSON) applied(h *host) (*rules.Ruleset, error) {
 	switch {
 	case errors.Is(err, firewall.ErrNoState):
 		s.Policy.State = policyNone
+		if err := s.verified(h, nil); err != nil {
+			return nil, err
+		}
 		return nil, s.uncompared(h)
 	case errors.Is(err, firewall.ErrStateDamaged), errors.Is(err, firewall.ErrStateVersion):
 		s.Notes = append(s.Notes, "what was last applied cannot be read: "+err.Error())
@@ -178,6 +194,9 @@ func (s *statusJSON) applied(h *host) (*rules.Ruleset, error) {
 	if judges != nil {
 		s.Policy.State, s.Policy.File, s.Policy.Applied, s.Policy.Back = policyApplied, judges.Policy, &judges.Applied, judges.Back
 		s.Policy.Changed = append(s.Policy.Changed, changedFiles(judges)...)
+	}
+	if err := s.verified(h, judges); err != nil {
+		return nil, err
 	}
 	s.Kernel = kernelStatusJSON{Table: tableEqual, Generation: is.Generation.ID, Rebooted: last.Namespace.Gone(h.here)}
 	switch {
@@ -203,6 +222,22 @@ func (s *statusJSON) applied(h *host) (*rules.Ruleset, error) {
 		return nil, nil
 	}
 	return rs, err
+}
+
+// verified fills in the last verdict about this host; r is what is applied, or nil.
+func (s *statusJSON) verified(h *host, r *firewall.Record) error {
+	v, err := h.state.Verified()
+	switch {
+	case errors.Is(err, firewall.ErrStateDamaged), errors.Is(err, firewall.ErrStateVersion):
+		s.Notes = append(s.Notes, "the last verdict cannot be read: "+err.Error())
+		return nil
+	case err != nil:
+		return err
+	case v == nil || !v.Namespace.Is(h.here) && !v.Namespace.Gone(h.here):
+		return nil
+	}
+	s.Verified = &verifiedJSON{v.At, v.Verdict, v.Findings, v.Proof, v.Ports, v.Policy, r != nil && v.Digest == firewall.DigestOf(r.Sources)}
+	return nil
 }
 
 // uncompared says what the kernel holds when nothing says what it should.
@@ -290,6 +325,9 @@ func (s *statusJSON) print(w io.Writer) {
 	if by := s.Kernel.writer(); by != "" {
 		printf(w, "          %s\n", oneLine(by))
 	}
+	if v := s.Verified; v != nil {
+		printf(w, "verified  %s\n", oneLine(v.text()))
+	}
 	title := "packets"
 	for _, c := range s.Counters {
 		mark := ""
@@ -303,6 +341,23 @@ func (s *statusJSON) print(w io.Writer) {
 	for _, n := range s.Notes {
 		printf(w, "note: %s\n", oneLine(n))
 	}
+}
+
+func (v *verifiedJSON) text() string {
+	out := v.Verdict + " at " + v.At.Local().Format(time.DateTime)
+	if v.Findings > 0 {
+		out += ", " + plural(v.Findings, "finding")
+	}
+	if v.Ports != "all" {
+		out += ", only " + v.Ports
+	}
+	if v.Proof != "host" {
+		out += ", by packets alone"
+	}
+	if !v.Current {
+		out += "; that was another policy than is applied now: " + v.Policy
+	}
+	return out
 }
 
 func (k *kernelStatusJSON) text() string {

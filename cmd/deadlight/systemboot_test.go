@@ -88,10 +88,15 @@ func TestBoot(t *testing.T) {
 		unit:    "active", says: []string{loaded, `^No changes: `, `^No changes: `},
 	}, {
 		name: "policy again, with its state",
-		// The verification is of the outside, which filters nothing.
+		// First the host itself is verified, then the outside, which filters nothing.
 		then: `
 deadlight drift --quiet || touch /report/drift
-echo "DEADLIGHT_VERIFY=/etc/deadlight/policy.toml --target ` + outside4 + ` --ports 1-99/tcp" >/etc/deadlight/verify.env
+mkdir -p /var/lib/prometheus/node-exporter
+echo "DEADLIGHT_VERIFY=--ports 1-999/tcp,1-999/udp --textfile /var/lib/prometheus/node-exporter/deadlight_verify.prom" >/etc/deadlight/verify.env
+systemctl start deadlight-verify.service
+deadlight status --json >/report/status.json
+cp /var/lib/prometheus/node-exporter/deadlight_verify.prom /report/prom
+echo "DEADLIGHT_VERIFY=/etc/deadlight/policy.toml --json --target ` + outside4 + ` --ports 1-99/tcp" >/etc/deadlight/verify.env
 systemctl start deadlight-verify.service
 journalctl -b -q -o cat _SYSTEMD_UNIT=deadlight-verify.service >/report/verify`,
 		answers: []string{listed},
@@ -228,8 +233,13 @@ deadlight drift || touch /report/drift`,
 			}
 			if strings.Contains(c.then, "deadlight-verify") {
 				report, err := os.ReadFile(m.path("report/verify"))
-				if err != nil || !bytes.Contains(report, []byte(`"verdict": "fail"`)) {
+				if err != nil || !bytes.Contains(report, []byte("\nPASS: ")) || !bytes.Contains(report, []byte(`"verdict": "fail"`)) {
 					t.Errorf("deadlight-verify.service says %v\n%s", err, report)
+				}
+				for name, want := range map[string]string{"status.json": `"verdict": "pass"`, "prom": "deadlight_verify_verdict{verdict=\"pass\"} 1\n"} {
+					if b, err := os.ReadFile(m.path("report/" + name)); err != nil || !bytes.Contains(b, []byte(want)) {
+						t.Errorf("%s: %v\n%s", name, err, b)
+					}
 				}
 			}
 			if t.Failed() {

@@ -19,6 +19,9 @@ type verifyFlags struct {
 	lookFlags
 	vantage   string
 	sshConfig string
+	proof     string
+	textfile  string
+	state     string // directory
 	selfTest  bool
 	report    reportFlags
 }
@@ -36,27 +39,45 @@ type lookFlags struct {
 func newVerifyCommand(e env) *cobra.Command {
 	var f verifyFlags
 	c := &cobra.Command{
-		Use:     "verify [POLICY] --target ADDR",
+		Use:     "verify [POLICY]",
 		GroupID: groupWatch,
-		Short:   "Probe a host from this machine and hold it against its policy",
+		Short:   "Probe this host, or another, from outside and hold it against its policy",
 		Long: `Sends a packet to every port of a host and reports which are open, closed,
-rejected or filtered, and whether that is what the policy says. This machine is
-the outside; the probes need root (CAP_NET_RAW). Probe only hosts that are yours.
+rejected or filtered, and whether that is what the policy says.
 
-Silence counts as filtered only while the path is proven alive by ports that
-must answer: a listed TCP port, echo, or --canary. Over UDP silence cannot tell
-a filter from a service that does not answer; the report says so. Adversarial
-probes (other flags, source ports, fragments, options, protocols) follow the sweep;
---thorough says how many. Probes other than of TCP and UDP need --ports all.
+Without --target it is this host. The probes come from a throw-away network
+namespace, and enter by the real interfaces, so that rules for interfaces are
+judged too: every port by the interface of the default route (or --in), by the
+others those of rules that name interfaces. Restricted openings are looked at from
+inside, from the edges of and from beside what they admit. Nothing of it goes out
+on a wire. A tripwire, a table of its own that drops nothing, notes what passed:
+that proves each port of TCP and UDP. --proof packets does without it. Afterwards
+the host is as it was, also when this command is killed; counters, meters of
+limits, and flows to open ports show that it ran. It needs root.
+
+With --target this machine is the outside of another host, or with --vantage
+ssh://USER@HOST that machine is. Silence there counts as filtered only while the
+path is proven alive by ports that must answer: a listed TCP port, echo, or
+--canary. Over UDP silence cannot tell a filter from a service that does not
+answer; the report says so. Probe only hosts that are yours.
+
+Adversarial probes (other flags, source ports, fragments, options, protocols)
+follow the sweep; --thorough says how many. Probes other than of TCP and UDP need
+--ports all.
+
+The verdict about this host is kept: deadlight status shows it. --textfile FILE
+writes it for the textfile collector of node_exporter.
 
 With --self-test it shows instead, on throw-away hosts and without root, that it
 finds out rulesets that are broken, and a path that is dead.
 
 Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
-		Example: `  sudo deadlight verify policy.toml --target 192.0.2.10
-  sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10 --ports tcp
-  deadlight verify --self-test
-  deadlight verify policy.toml --target 192.0.2.10 --vantage ssh://root@198.51.100.7`,
+		Example: `  sudo deadlight verify
+  sudo deadlight verify policy.toml --in wan0 --ports tcp
+  sudo deadlight verify --textfile /var/lib/prometheus/node-exporter/deadlight_verify.prom
+  sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10
+  deadlight verify policy.toml --target 192.0.2.10 --vantage ssh://root@198.51.100.7
+  deadlight verify --self-test`,
 		Args: atMostPolicy,
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := f.report.read(); err != nil {
@@ -68,23 +89,32 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			if err := checkThorough(c, &f.Thorough); err != nil {
 				return err
 			}
-			return verifyTargets(c.Context(), e, policyArg(args), f)
+			if len(f.Targets) > 0 {
+				return verifyTargets(c.Context(), e, policyArg(args), f)
+			}
+			return verifyHere(c.Context(), e, policyArg(args), f)
 		},
 	}
-	c.Flags().StringArrayVar(&f.Targets, "target", nil, "address of the host, repeatable (one per family)")
+	c.Flags().StringArrayVar(&f.Targets, "target", nil, "address of another host, repeatable (one per family)")
+	c.Flags().StringVar(&f.vantage, "vantage", "", "from where to look: netns, at this host, or ssh://USER@HOST:PORT, at a --target (default [verify] vantage of the policy)")
+	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration `FILE` for ssh, as of ssh -F")
+	c.Flags().StringVar(&f.proof, "proof", "host", "what proves this host: host (a tripwire on it) or packets (answers alone)")
+	addThorough(c, &f.Thorough)
+	c.Flags().StringVar(&f.textfile, "textfile", "", "write the verdict for node_exporter to this `FILE`.prom")
+	c.PersistentFlags().StringVar(&f.state, "state-dir", "", "where the verdict is kept (default as in deadlight status)")
 	c.Flags().StringVar(&f.Ports, "ports", "all", `what to probe: tcp, udp, all, 443/tcp, 1-1024/udp, comma-separated`)
 	c.Flags().UintSliceVar(&f.Canaries, "canary", nil, "a TCP port that surely answers, repeatable")
-	c.Flags().StringVar(&f.In, "in", "", "the target's interface by which the probes enter, if you know it")
+	c.Flags().StringVar(&f.In, "in", "", "the interface by which the probes enter; of a --target, if you know it")
 	c.Flags().IntVar(&f.MaxRate, "max-rate", 0, "packets per second at most (0: as fast as the path bears)")
-	addThorough(c, &f.Thorough)
-	c.Flags().StringVar(&f.vantage, "vantage", "", "look from another machine: ssh://USER@HOST:PORT (this program runs there, and is removed)")
-	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration file for ssh, as of ssh -F")
 	c.Flags().BoolVar(&f.selfTest, "self-test", false, "load broken rulesets into throw-away hosts and see whether they are found out")
 	f.report.add(c)
 	return c
 }
 
 func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error {
+	if f.textfile != "" || f.vantage == "netns" {
+		return usageError("", "--textfile and --vantage netns are of this host, and --target names another")
+	}
 	var far *verify.SSHVantage
 	if f.vantage != "" {
 		v, err := verify.ParseSSHVantage(f.vantage)
@@ -120,19 +150,15 @@ func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error
 
 // config checks the flags.
 func (f *verifyFlags) config(rs *rules.Ruleset) (look verify.LookConfig, err error) {
-	if len(f.Targets) == 0 {
-		return look, usageError("deadlight verify --target 192.0.2.10, from another machine", "name the host to probe with --target")
+	if look.Ports, look.Canaries, err = f.what(); err != nil {
+		return look, err
 	}
-	ports, err := verify.ParsePorts(f.Ports)
-	if err != nil {
-		return look, usageError("--ports takes tcp, udp, all, 443/tcp or 1-1024/udp, comma-separated", "%w", err)
-	}
-	if f.MaxRate < 0 {
-		return look, usageError("", "--max-rate runs from 0 up: %d", f.MaxRate)
-	}
-	look = verify.LookConfig{Rules: rs, Ports: ports, In: f.In, MaxRate: f.MaxRate}
+	look.Rules, look.In, look.MaxRate = rs, f.In, f.MaxRate
 	if rs != nil {
 		look.Thorough = thoroughOf(rs, f.Thorough)
+	}
+	if len(f.Targets) == 0 {
+		return look, usageError("deadlight verify --target 192.0.2.10, from another machine", "name the host to probe with --target")
 	}
 	for _, t := range f.Targets {
 		a, err := netip.ParseAddr(t)
@@ -141,13 +167,24 @@ func (f *verifyFlags) config(rs *rules.Ruleset) (look verify.LookConfig, err err
 		}
 		look.Targets = append(look.Targets, a)
 	}
+	return look, nil
+}
+
+// what gives the ports that are probed and those that prove the path.
+func (f *lookFlags) what() (ports verify.Ports, canaries []verify.Canary, err error) {
+	if ports, err = verify.ParsePorts(f.Ports); err != nil {
+		return ports, nil, usageError("--ports takes tcp, udp, all, 443/tcp or 1-1024/udp, comma-separated", "%w", err)
+	}
+	if f.MaxRate < 0 {
+		return ports, nil, usageError("", "--max-rate runs from 0 up: %d", f.MaxRate)
+	}
 	for _, p := range f.Canaries {
 		if p < 1 || p > 65535 {
-			return look, usageError("", "--canary wants a port, 1-65535: %d", p)
+			return ports, nil, usageError("", "--canary wants a port, 1-65535: %d", p)
 		}
-		look.Canaries = append(look.Canaries, verify.Canary{Kind: verify.CanaryTCP, Port: uint16(p)})
+		canaries = append(canaries, verify.Canary{Kind: verify.CanaryTCP, Port: uint16(p)})
 	}
-	return look, nil
+	return ports, canaries, nil
 }
 
 // lookAt looks from this machine.
@@ -155,7 +192,7 @@ func lookAt(ctx context.Context, look verify.LookConfig) (*verify.Report, error)
 	report, err := verify.Look(ctx, look)
 	switch {
 	case errors.Is(err, verify.ErrLocalTarget):
-		return nil, refused(err, "probe it from another machine: over loopback the policy is not asked")
+		return nil, refused(err, "deadlight verify without --target looks at this host: over loopback the policy is not asked")
 	case errors.Is(err, fs.ErrPermission):
 		return nil, refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …")
 	case err != nil:

@@ -1,0 +1,135 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"deadlight/firewall"
+	"deadlight/rules"
+	"deadlight/verify"
+)
+
+// Verification of this host: verify without --target, and apply --verify.
+
+// hostCheck is what verifyHost looks at.
+type hostCheck struct {
+	ports       verify.Ports
+	canaries    []verify.Canary
+	in          string
+	maxRate     int
+	packetsOnly bool
+}
+
+// verifyHere is verify without --target.
+func verifyHere(ctx context.Context, e env, file string, f verifyFlags) error {
+	ports, canaries, err := f.what()
+	if err != nil {
+		return err
+	}
+	if f.proof != "host" && f.proof != "packets" {
+		return usageError("", "--proof is host or packets: %q", f.proof)
+	}
+	if f.textfile != "" && filepath.Ext(f.textfile) != ".prom" {
+		return usageError("--textfile "+f.textfile+".prom", "node_exporter reads only files that end in .prom: %s", f.textfile)
+	}
+	if f.vantage != "" && f.vantage != "netns" {
+		return badVantage(f.vantage, "--vantage")
+	}
+	rs, from, err := readSources(e, file, "nothing probed")
+	if err != nil {
+		return err
+	}
+	if v := rs.Policy.Verify.Vantage; f.vantage == "" && v != "netns" {
+		return badVantage(v, "[verify] of "+file)
+	}
+	report, err := verifyHost(ctx, e, rs, hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets"})
+	if err != nil {
+		return err
+	}
+	noteVerdict(e, f.state, newVerified(report, file, f.Ports, from))
+	printed := f.print(e, file, report)
+	if f.textfile != "" {
+		if err := writeVerdict(f.textfile, report, time.Now()); err != nil {
+			return errors.Join(printed, refused(err, ""))
+		}
+	}
+	return printed
+}
+
+// badVantage refuses a vantage that cannot look at this host by itself.
+func badVantage(vantage, where string) error {
+	if strings.HasPrefix(vantage, "ssh://") {
+		return usageError("deadlight verify --vantage "+printable(vantage)+" --target ADDR, or --vantage netns",
+			"%s says %s: name the addresses by which that machine reaches this host", where, printable(vantage))
+	}
+	return usageError("netns, or ssh://USER@HOST with --target", "%s knows no vantage %s", where, printable(vantage))
+}
+
+// verifyHost probes the network namespace of the calling thread from outside. Its
+// errors are said for people.
+func verifyHost(ctx context.Context, e env, rs *rules.Ruleset, c hostCheck) (*verify.Report, error) {
+	line := newProgress(e.stderr)
+	report, err := verify.LookAtHost(ctx, verify.HostConfig{
+		Rules: rs, Ports: c.ports, Canaries: c.canaries, In: c.in, MaxRate: c.maxRate, PacketsOnly: c.packetsOnly,
+		Progress: func(sent, total uint64) { line.update("probing this host", sent, total) },
+	})
+	line.done()
+	switch {
+	case err == nil:
+		return report, nil
+	case errors.Is(err, verify.ErrNoInterface):
+		return nil, usageError("deadlight verify --in NAME", "--in %w", err)
+	case errors.Is(err, verify.ErrOtherVerification):
+		return nil, refused(err, "wait for it to end")
+	case errors.Is(err, verify.ErrNoWay):
+		return nil, refused(err, "deadlight verify --target ADDR on another machine")
+	case errors.Is(err, verify.ErrNoNamespace):
+		return nil, namespaceError(err)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, refused(fmt.Errorf("no permission to look at this host from outside: %w", err),
+			"sudo deadlight verify; a container or a unit needs CAP_SYS_ADMIN, CAP_NET_ADMIN and CAP_NET_RAW")
+	}
+	return nil, refused(err, "")
+}
+
+// newVerified is what is kept of a report.
+func newVerified(r *verify.Report, file, ports string, from *sources) firewall.Verified {
+	if abs, err := filepath.Abs(file); err == nil {
+		file = abs
+	}
+	return firewall.Verified{
+		At: time.Now().UTC().Truncate(time.Second), Verdict: r.Verdict.String(), Findings: len(r.Findings), Proof: r.Proof,
+		Ports: ports, Policy: file, Digest: firewall.DigestOf(from.list()),
+	}
+}
+
+// noteVerdict keeps a verdict. Where that cannot be, the verdict holds all the same.
+func noteVerdict(e env, dir string, v firewall.Verified) {
+	err := func() (err error) {
+		h, err := openHost(dir, true)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, h.close()) }()
+		v.Namespace = h.here
+		return h.state.NoteVerified(v)
+	}()
+	if err != nil {
+		printf(e.stderr, "deadlight: warning: the verdict is not kept: %s\n", printable(err.Error()))
+	}
+}
+
+// writeVerdict replaces a file for the textfile collector of node_exporter.
+func writeVerdict(file string, r *verify.Report, at time.Time) error {
+	if err := prometheus.WriteToTextfile(file, verification(r, at)); err != nil {
+		return fmt.Errorf("write %s: %w", file, err)
+	}
+	return nil
+}
