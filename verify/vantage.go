@@ -228,6 +228,7 @@ func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res 
 	if len(left) > 0 && r.Verdict == Pass {
 		r.Verdict = Inconclusive
 	}
+	r.Notes = append(r.Notes, "adversarial probes are not sent from this vantage: deadlight try sends them to a host like this one, verify --target from another machine")
 	if cfg.Rules.Policy.Default.Observe {
 		r.Notes = append(r.Notes, "enforce = false: nothing is dropped, every port is reachable")
 	}

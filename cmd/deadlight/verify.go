@@ -61,9 +61,9 @@ path is proven alive by ports that must answer: a listed TCP port, echo, or
 --canary. Over UDP silence cannot tell a filter from a service that does not
 answer; the report says so. Probe only hosts that are yours.
 
-Adversarial probes (other flags, source ports, fragments, options, protocols)
-follow the sweep; --thorough says how many. Probes other than of TCP and UDP need
---ports all.
+Behind the sweep of a --target follow adversarial probes (other flags, source
+ports, fragments, options, protocols); --thorough says how many. Those other than
+of TCP and UDP need --ports all.
 
 The verdict about this host is kept: deadlight status shows it. --textfile FILE
 writes it for the textfile collector of node_exporter.
