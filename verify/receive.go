@@ -115,7 +115,7 @@ func (e *engine) record(f *flow, port uint16, a Answer, from netip.Addr) {
 	if !ok || a.weight() <= f.answer(i).weight() {
 		return
 	}
-	f.answers[i].Store(uint32(a.State)<<8 | uint32(a.Reason))
+	f.setAnswer(i, a)
 	p := f.path
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -153,6 +153,13 @@ func (e *engine) canaryBack(t *tuples, i int, now int64) *sweepPath {
 	c.tick.got++
 	if c.win != nil {
 		c.win.got++
+		e.away--
+		if c.win.judged && rtt < p.minRTT+retransmitted {
+			// Late, not lost.
+			p.total.lost--
+			p.run.lost--
+			p.pool.run.lost--
+		}
 	}
 	k := c.tick.kinds[c.kind]
 	k.lost--

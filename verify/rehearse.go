@@ -89,7 +89,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("arm the tripwire: %w", err)
 	}
-	res, err := Sweep(ctx, Config{Paths: paths, Progress: cfg.Progress})
+	res, err := Sweep(ctx, Config{Paths: paths, Progress: cfg.Progress, Arrived: trip.Arrived})
 	if err != nil {
 		return nil, fmt.Errorf("probe the throw-away host: %w", err)
 	}
