@@ -91,7 +91,7 @@ func (e *engine) heard(paths []*sweepPath, until int64) (bool, error) {
 }
 
 // plan spreads the canaries of a round over the probes of each path.
-func (e *engine) plan(list []sweepProbe) {
+func (e *engine) plan(r int, list []sweepProbe) {
 	for _, p := range e.pools {
 		p.probes = 0
 	}
@@ -119,9 +119,14 @@ func (e *engine) plan(list []sweepProbe) {
 		need := math.Cbrt(float64(max(silent, 1)) / e.cfg.MissBound)
 		share := int(math.Ceil(need * float64(p.left) / float64(p.pool.probes)))
 		n := max(p.left/canaryEvery, min(share, max(tinyCanaries, p.left/8)), 2)
-		// Other paths of the pair, later rounds and the last burst want tuples too.
-		n = max(2, min(n, (p.tuplesLeft()-reservedTuples)/(3*len(p.peer.paths))))
-		p.every = max(1, (p.left+n-2)/(n-1))
+		// Other paths of the pair, later rounds and the last burst want tuples too:
+		// three rounds may have three quarters, each of the rest half of what is left.
+		part := 0.5
+		if r < 3 {
+			part = 0.75 / (3 - 0.75*float64(r))
+		}
+		n = max(2, min(n, int(part*float64(p.tuplesLeft()-reservedTuples))/len(p.peer.paths)))
+		p.every = max(1, p.left/(n-1))
 	}
 }
 

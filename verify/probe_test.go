@@ -863,7 +863,7 @@ func TestRingCountsDrops(t *testing.T) {
 	})
 	time.Sleep(20 * time.Millisecond) // until the last block is handed over
 	got := 0
-	for r.block(func(p []byte) {
+	for r.block(func(p []byte, _ int64) {
 		var a reply
 		if parseReply(p, &a) && a.kind == replyUDP {
 			got++

@@ -13,14 +13,15 @@ import (
 // receive is the receiving half, until stop is set or the socket breaks.
 func (e *engine) receive() {
 	var r reply
-	var at int64
-	handle := func(packet []byte) {
+	var at, clock int64
+	handle := func(packet []byte, came int64) {
 		if parseReply(packet, &r) {
-			e.handle(&r, at)
+			// It may have waited for us. A clock that was set meanwhile is not believed.
+			e.handle(&r, at-min(max(clock-came, 0), int64(drainLimit)))
 		}
 	}
 	for {
-		at = e.now()
+		at, clock = e.now(), time.Now().UnixNano()
 		more := e.ring.block(handle)
 		for _, l := range e.links {
 			e.sendRSTs(l)

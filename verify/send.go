@@ -21,9 +21,9 @@ func (e *engine) probe(f *flow, i int) error {
 	b, port := p.link.out.next(), f.ports[i]
 	if f.proto == rules.TCP {
 		seq := e.key.cookie(p.peer.id, p.SrcPort, port)
-		return e.put(p.link, p.syn.tcp(b, p.SrcPort, port, seq), slot{&p.sentTCP, &f.window[i]})
+		return e.put(p.link, p.syn.tcp(b, p.SrcPort, port, seq), slot{count: &p.sentTCP, win: &f.window[i]})
 	}
-	return e.put(p.link, p.udp.udp(b, p.SrcPort, port), slot{&p.sentUDP, &f.window[i]})
+	return e.put(p.link, p.udp.udp(b, p.SrcPort, port), slot{count: &p.sentUDP, win: &f.window[i]})
 }
 
 // canary puts one canary into its link's batch.
@@ -57,7 +57,7 @@ func (e *engine) canary(p *sweepPath, k *kind, w *window) error {
 		id, seq := t.number(i)
 		n = p.echo.echo(b, id, seq, e.key.cookie(p.peer.id, id, seq))
 	}
-	return e.put(p.link, n, slot{count: &p.sent})
+	return e.put(p.link, n, slot{count: &p.sent, sent: canaryRef{t, i}})
 }
 
 // put adds a frame that stands in the batch's next buffer.
@@ -163,10 +163,29 @@ func (e *engine) startSenders() {
 		go func() {
 			defer e.senders.Done()
 			for b := range e.work {
+				e.stamp(b)
 				b.sent, b.err = b.send(b.link.outLink, stallLimit)
 				b.link.back <- b
 			}
 		}()
+	}
+}
+
+// stamp notes when the canaries of a batch leave: how long they waited for a
+// sender is no part of their way.
+func (e *engine) stamp(b *outBatch) {
+	now := e.now()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, s := range b.slots[:b.n] {
+		if s.sent.of == nil {
+			continue
+		}
+		c := &s.sent.of.used[s.sent.i]
+		c.at = now
+		if c.win != nil {
+			c.win.last = now
+		}
 	}
 }
 

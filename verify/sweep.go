@@ -149,6 +149,13 @@ type outBatch struct {
 type slot struct {
 	count *uint64 // of frames on the wire
 	win   *uint16 // to be cleared if the frame never left; nil of a canary
+	sent  canaryRef
+}
+
+// canaryRef finds a canary that waits to leave; the zero one is none.
+type canaryRef struct {
+	of *tuples
+	i  int
 }
 
 // pool is all paths over one link with one family. Small paths borrow its loss.
@@ -414,7 +421,7 @@ func (e *engine) run() error {
 		if len(list) == 0 {
 			break
 		}
-		if err := e.round(list); err != nil {
+		if err := e.round(r, list); err != nil {
 			return err
 		}
 		if err := e.revive(); err != nil {
@@ -496,9 +503,9 @@ func (e *engine) silentProbes(r int) []sweepProbe {
 
 // round sends every probe of list once, in a new order, and judges what
 // silence is worth.
-func (e *engine) round(list []sweepProbe) error {
+func (e *engine) round(r int, list []sweepProbe) error {
 	e.rng.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
-	e.plan(list)
+	e.plan(r, list)
 	e.planned = max(e.planned, e.probes+e.estimate(list))
 	for _, f := range e.flows {
 		clear(f.window)
