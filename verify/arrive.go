@@ -14,6 +14,9 @@ import (
 // [Tripwire.Arrived].
 type ArrivalCounter func() (map[rules.Protocol]map[uint16]uint64, error)
 
+// Waiting for a straggler is cheaper than another round.
+const arrivalWait = 100 * time.Millisecond
+
 // arrivals holds the sent and the arrived probes of a round against each other.
 type arrivals struct {
 	base  map[rules.Protocol]map[uint16]uint64
@@ -54,7 +57,7 @@ func (a *arrivals) end(e *engine) error {
 	if e.cfg.Arrived == nil {
 		return nil
 	}
-	for limit := e.now() + int64(e.grace()); ; {
+	for limit := e.now() + int64(e.grace()+arrivalWait); ; {
 		now, err := e.countArrived()
 		if err != nil {
 			return err
@@ -67,8 +70,8 @@ func (a *arrivals) end(e *engine) error {
 			}
 			port := f.path.SrcPort
 			got := now[f.proto][port] - a.base[f.proto][port]
-			missing = missing || got < sent
 			f.arrived = got == sent && f.asked() && !e.canariesMissing(f.path)
+			missing = missing || !f.arrived && got <= sent
 		}
 		if !missing || e.now() >= limit {
 			return nil

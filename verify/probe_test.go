@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -689,6 +690,49 @@ func TestSweepOutage(t *testing.T) {
 					return Answer{Filtered, NoResponse}
 				})
 			})
+		}
+	}
+}
+
+// An intrusion prevention that shuts the vantage out amid the scan makes every
+// port silent. That is no filter of any port.
+func TestSweepShutOut(t *testing.T) {
+	for _, after := range []int{300, 30000, 70000} {
+		t.Run(fmt.Sprint(after), func(t *testing.T) {
+			w := newWorld(t)
+			w.target.nft(fmt.Sprintf(`table inet ips {
+				set out { type ipv4_addr; flags dynamic; timeout 10m; size 1024; }
+				chain in {
+					type filter hook prerouting priority -200;
+					ip saddr @out drop
+					tcp flags syn limit rate over 1/hour burst %d packets add @out { ip saddr } drop
+				}
+			}`, after))
+			w.firewall("tcp dport 22 accept", "tcp dport & 0xf == 7 accept")
+			all := portRange(1, 65535)
+			r := w.sweep(Config{Paths: []Path{w.path(false, all, nil, canary22)}})
+			p := r.Paths[0]
+			t.Logf("%d packets in %v, canaries lost %d of %d", r.Probes, r.Elapsed, p.CanariesLost, p.CanariesSent)
+			if p.Alive || r.Bound != 1 {
+				t.Errorf("alive %v, bound %g", p.Alive, r.Bound)
+			}
+			for i, a := range p.TCP {
+				if a.State != Unknown && a != (Answer{Closed, TCPReset}) {
+					t.Fatalf("port %d: %v (%v)", i+1, a.State, a.Reason)
+				}
+			}
+		})
+	}
+}
+
+// Answers must not be taken for those of a flow of the vantage's own, nor the
+// other way round: no source port is one that the kernel hands out.
+func TestSourcePortsAreNobodyElses(t *testing.T) {
+	low, high := uint16(32768), uint16(60999) // ip_local_port_range, where nobody changed it
+	tuples := newTCPTuples(rand.New(rand.NewPCG(5, 6)))
+	for i := range canaryPorts {
+		if p := tuples.port(i); p >= low && p <= high {
+			t.Fatalf("canary port %d is one of %d-%d", p, low, high)
 		}
 	}
 }

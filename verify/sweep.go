@@ -20,6 +20,7 @@ import (
 const (
 	defaultMissBound = 1e-6
 	maxRounds        = 16
+	witnessRounds    = 4 // to get one of which the witness counted everything
 
 	// A silent UDP port is asked until the chance of a lost answer is this; a
 	// union bound over all of them would promise more than UDP can keep, since
@@ -475,6 +476,9 @@ func (e *engine) silentProbes(r int) []sweepProbe {
 		case !p.proven:
 			rounds = 1
 		}
+		if e.cfg.Arrived != nil {
+			rounds = max(rounds, witnessRounds)
+		}
 		if r >= rounds {
 			continue
 		}
@@ -488,6 +492,8 @@ func (e *engine) silentProbes(r int) []sweepProbe {
 			case a.State != Unknown:
 			case r == 0 || !p.proven:
 				again = true
+			case e.cfg.Arrived != nil && r < witnessRounds:
+				again = true // a full count proves more than any number of rounds
 			case f.proto == rules.TCP:
 				again = sum > e.cfg.MissBound && miss[f.good[i]] > enough
 			default:
