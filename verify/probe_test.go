@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -733,6 +734,15 @@ func TestSourcePortsAreNobodyElses(t *testing.T) {
 	for i := range canaryPorts {
 		if p := tuples.port(i); p >= low && p <= high {
 			t.Fatalf("canary port %d is one of %d-%d", p, low, high)
+		}
+	}
+	fresh, again := freshPorts(), freshPorts()
+	if slices.Equal(fresh[:8], again[:8]) {
+		t.Error("two runs use the same source ports")
+	}
+	for _, p := range fresh {
+		if p >= low && p <= high || p >= canaryPortLow && p <= canaryPortHigh {
+			t.Fatalf("source port %d is the kernel's or the canaries'", p)
 		}
 	}
 }
