@@ -55,13 +55,20 @@ const (
 // and [Result]. It needs CAP_NET_RAW there and the interfaces up. Silence on a
 // path whose canaries do not answer is [Unknown], never [Filtered].
 //
+// Many paths are probed in groups, one after the other, so that memory is
+// bounded by a group; see [Config].Each.
+//
 // If ctx ends, Sweep returns its error and no result.
 func Sweep(ctx context.Context, cfg Config) (*Result, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	began := time.Now()
-	e, err := newEngine(ctx, cfg, began)
+	return sweepGroups(ctx, cfg)
+}
+
+// sweepGroup probes some paths at once.
+func sweepGroup(ctx context.Context, cfg Config) (*Result, error) {
+	e, err := newEngine(ctx, cfg, time.Now())
 	if err != nil {
 		return nil, err
 	}
