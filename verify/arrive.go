@@ -19,9 +19,8 @@ const arrivalWait = 100 * time.Millisecond
 
 // arrivals holds the sent and the arrived probes of a round against each other.
 type arrivals struct {
-	base  map[rules.Protocol]map[uint16]uint64
-	sent  []uint64 // by flow, before the round
-	asked []int    // by flow, silent ports when the round began
+	base map[rules.Protocol]map[uint16]uint64
+	sent []uint64 // by flow, before the round
 }
 
 func (f *flow) sent() uint64 {

@@ -4,11 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"deadlight/rules"
 )
 
 // nobody makes the calling thread that of a user without any capability. The
@@ -201,4 +205,51 @@ func TestConnectBounds(t *testing.T) {
 			t.Errorf("got %v, %v", r, err)
 		}
 	})
+}
+
+func TestConnectErrorsFromRouter(t *testing.T) {
+	w, up, far4, far6 := newRoutedWorld(t)
+	w.vantage.do(func() {
+		for _, gw := range []string{"10.9.0.254", "fd09::fe"} {
+			w.vantage.must(netlink.RouteAdd(&netlink.Route{LinkIndex: up.Index, Gw: net.ParseIP(gw)}))
+			w.vantage.must(netlink.NeighSet(&netlink.Neigh{
+				LinkIndex: up.Index, IP: net.ParseIP(gw), HardwareAddr: up.Dst, State: netlink.NUD_PERMANENT,
+			}))
+		}
+	})
+	ports := []uint16{100, 101, 102}
+	c := Canary{CanaryTCP, 102}
+	r := w.connect(Config{Paths: []Path{
+		{Link: up, Src: vantage4, Dst: far4, TCP: ports, UDP: ports[:1], SrcPort: 61004, Canaries: []Canary{c}},
+		{Link: up, Src: vantage6, Dst: far6, TCP: ports, UDP: ports[:1], SrcPort: 61006, Canaries: []Canary{c}},
+	}})
+	w.wantAlive(r)
+	routers := []netip.Addr{netip.MustParseAddr("10.9.0.254"), netip.MustParseAddr("fd09::fe")}
+	for i, p := range r.Paths {
+		want(t, "tcp", ports, p.TCP, func(port uint16) Answer {
+			return []Answer{{Unknown, RouterError}, {Filtered, NoResponse}, {Closed, TCPReset}}[port-100]
+		})
+		want(t, "udp", ports[:1], p.UDP, always(Unknown, RouterError))
+		for _, proto := range []rules.Protocol{rules.TCP, rules.UDP} {
+			if got := p.From[Target{proto, 100}]; got != routers[i] {
+				t.Errorf("path %d, %v: error from %v, want %v", i, proto, got, routers[i])
+			}
+		}
+	}
+}
+
+func BenchmarkConnectSilent(b *testing.B) {
+	w := newWorld(b)
+	w.firewall("tcp dport 22 accept")
+	all := portRange(1, 65535)
+	var probes uint64
+	b.ResetTimer()
+	for range b.N {
+		r := w.connect(Config{Paths: []Path{w.path(false, all, nil, canary22)}})
+		if !r.Paths[0].Alive {
+			b.Fatal("path not alive")
+		}
+		probes += r.Probes
+	}
+	b.ReportMetric(float64(probes)/b.Elapsed().Seconds(), "probes/s")
 }

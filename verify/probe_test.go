@@ -522,9 +522,14 @@ func TestSweepCraftedAnswers(t *testing.T) {
 	})
 }
 
-func TestSweepErrorsFromRouter(t *testing.T) {
+// newRoutedWorld has a router between vantage and target that rejects port 100,
+// drops 101/tcp, and whose addresses are 10.9.0.254 and fd09::fe. It gives the
+// target's addresses.
+func newRoutedWorld(t *testing.T) (w *world, up Link, far4, far6 netip.Addr) {
+	t.Helper()
 	vantage, router, target := newSpace(t), newSpace(t), newSpace(t)
-	up, down := wire(t, vantage, router, "veth0", "lan")
+	var down Link
+	up, down = wire(t, vantage, router, "veth0", "lan")
 	out, in := wire(t, router, target, "wan", "eth0")
 	for _, s := range []string{"net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"} {
 		router.sysctl(s, "1")
@@ -535,7 +540,7 @@ func TestSweepErrorsFromRouter(t *testing.T) {
 	vantage.address(up, "fd09::1/64")
 	router.address(down, "10.9.0.254/24", vantage4)
 	router.address(down, "fd09::fe/64", vantage6)
-	far4, far6 := netip.MustParseAddr("10.8.0.2"), netip.MustParseAddr("fd08::2")
+	far4, far6 = netip.MustParseAddr("10.8.0.2"), netip.MustParseAddr("fd08::2")
 	near4, near6 := netip.MustParseAddr("10.8.0.254"), netip.MustParseAddr("fd08::fe")
 	router.address(out, "10.8.0.254/24", far4)
 	router.address(out, "fd08::fe/64", far6)
@@ -553,12 +558,16 @@ func TestSweepErrorsFromRouter(t *testing.T) {
 		tcp dport 101 drop
 	}
 	}`)
+	return &world{t: t, vantage: vantage, target: target}, up, far4, far6
+}
+
+func TestSweepErrorsFromRouter(t *testing.T) {
+	w, up, far4, far6 := newRoutedWorld(t)
 	ports := []uint16{100, 101, 102}
 	paths := []Path{
 		{Link: up, Src: vantage4, Dst: far4, TCP: ports, UDP: ports, SrcPort: 61004, Canaries: []Canary{canaryEcho}},
 		{Link: up, Src: vantage6, Dst: far6, TCP: ports, SrcPort: 61006, Canaries: []Canary{canaryEcho}},
 	}
-	w := &world{t: t, vantage: vantage, target: target}
 	r := w.sweep(Config{Paths: paths})
 	w.wantAlive(r)
 	routers := []netip.Addr{netip.MustParseAddr("10.9.0.254"), netip.MustParseAddr("fd09::fe")}
