@@ -67,6 +67,13 @@ func (e *engine) pilot() error {
 		p.proven = p.heard > 0
 	}
 	e.tick = newTick(e.now()) // what did not answer the pilot is no loss
+	var rtt time.Duration
+	for _, p := range paths {
+		rtt = max(rtt, p.minRTT)
+	}
+	if rtt > 0 {
+		e.pacer.begin(rtt)
+	}
 	return nil
 }
 

@@ -151,6 +151,8 @@ func (e *engine) canaryBack(t *tuples, i int, now int64) *sweepPath {
 	if rtt < p.minRTT+retransmitted {
 		p.pool.rtt.add(rtt)
 	}
+	e.late[e.returned%len(e.late)] = rtt - p.minRTT
+	e.returned++
 	c.tick.got++
 	if c.win != nil {
 		c.win.got++

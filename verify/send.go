@@ -6,6 +6,7 @@ package verify
 import (
 	"errors"
 	"runtime"
+	"slices"
 	"time"
 
 	"deadlight/rules"
@@ -227,6 +228,9 @@ func (e *engine) service(now int64) error {
 	e.tick = newTick(now)
 	grace := int64(e.grace())
 	e.mu.Lock()
+	if e.returned >= len(e.late) {
+		e.pacer.queue(slices.Min(e.late[:]), now)
+	}
 	for len(e.ticks) > 0 && e.ticks[0].end+grace < now {
 		e.pacer.judge(e.ticks[0], now)
 		for k, t := range e.ticks[0].kinds {

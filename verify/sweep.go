@@ -114,6 +114,10 @@ type engine struct {
 	mu    sync.Mutex
 	order uint64 // of the last canary
 	away  int    // canaries of rounds that did not come back yet
+	// By how much the latest canaries that came back were slower than the fastest
+	// of their path, and how many came back in all.
+	late     [tickSample]time.Duration
+	returned int
 
 	// The sending half's own.
 	pacer     *pacer
