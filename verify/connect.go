@@ -39,8 +39,8 @@ func ConnectNotes() []string {
 
 // Connect does what [Sweep] does for a user who may not open raw sockets, from
 // the network namespace of the calling thread. Of a path it uses the target,
-// the ports and the TCP canaries, and the source if it is valid and one of this
-// machine; MaxRate, MissBound and Progress hold as for Sweep, Arrived does not.
+// the ports, the TCP canaries and the source, if there is one, which must be this
+// machine's; MaxRate, MissBound and Progress hold as for Sweep, Arrived does not.
 // It opens a bounded number of sockets at a time. See [ConnectNotes] for what it
 // cannot tell.
 //
@@ -54,6 +54,7 @@ func Connect(ctx context.Context, cfg Config) (*Result, error) {
 		cfg.MissBound = defaultMissBound
 	}
 	res := &Result{Paths: make([]PathResult, len(cfg.Paths)), Bound: 1}
+	cfg.Paths = slices.Clone(cfg.Paths) // Connect must not change what the caller owns
 	c := &connector{ctx: ctx, cfg: cfg, most: connectSockets, res: res}
 	for i := range cfg.Paths {
 		p := cfg.Paths[i]
@@ -62,7 +63,7 @@ func Connect(ctx context.Context, cfg Config) (*Result, error) {
 			return nil, fmt.Errorf("path %d to %v: %w", i, p.Dst, err)
 		}
 		c.total += uint64(len(p.TCP) + len(p.UDP))
-		cfg.Paths[i].Dst = p.Dst
+		cfg.Paths[i] = p
 	}
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {

@@ -48,9 +48,10 @@ func sweepGroups(ctx context.Context, cfg Config) (*Result, error) {
 		if err != nil {
 			return nil, err
 		}
+		here := false
 		for i := range res.Paths {
 			r := &res.Paths[i]
-			alive = alive || r.Alive || r.ArrivedTCP
+			here = here || r.Alive || r.ArrivedTCP
 			if cfg.Each == nil {
 				all.Paths = append(all.Paths, *r)
 			} else if err := cfg.Each(first+i, *r); err != nil {
@@ -58,8 +59,9 @@ func sweepGroups(ctx context.Context, cfg Config) (*Result, error) {
 			}
 		}
 		all.Probes += res.Probes
-		if res.Bound < 1 || next-first == len(cfg.Paths) {
-			all.Bound += res.Bound // a group without a living path has no silence to be wrong about
+		if here { // a group without a living path calls no port filtered
+			all.Bound += res.Bound
+			alive = true
 		}
 		first, done = next, done+ports
 	}
