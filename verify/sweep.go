@@ -191,9 +191,8 @@ type sweepPath struct {
 	proven                 bool // canaries answered the pilot
 	dead                   bool // proven once, lost for good
 	err                    error
-	total                  tally   // of canaries, but for the pilot's
-	run                    tally   // of canaries in rounds
-	worst                  float64 // upper bound of the loss in the worst round, if one was unlike the run
+	total                  tally // of canaries, but for the pilot's
+	run                    tally // of canaries in rounds
 	sentTCP, sentUDP, sent uint64
 
 	// Guarded by engine.mu.
@@ -607,13 +606,11 @@ func (e *engine) judge(list []sweepProbe) {
 		p.pool.run.add(own[i])
 	}
 	for i, p := range e.paths {
-		if p.run.sent > 0 && own[i].worseThan(p.run.upper()) {
-			p.worst = max(p.worst, own[i].upper())
-		}
 		rate := p.missRate()
+		usual := rate < 0.5 && !own[i].dead() && !own[i].worseThan(rate)
 		for _, w := range p.windows {
 			t := tally{w.sent, w.sent - w.got}
-			w.proves = !w.tainted && !t.dead() && !own[i].dead() && rate < 0.5 && !t.worseThan(rate)
+			w.proves = usual && !w.tainted && !t.dead() && !t.worseThan(rate)
 		}
 	}
 	for _, x := range list {
@@ -624,7 +621,7 @@ func (e *engine) judge(list []sweepProbe) {
 	}
 }
 
-// missRate bounds the loss of a path's windows that lost no more than usual:
+// missRate bounds the loss in a path's rounds and windows that lost no more than usual:
 // the path's own over the whole run, or that of all paths over its link with its
 // family if it has too few canaries to tell.
 func (p *sweepPath) missRate() float64 {
@@ -635,7 +632,7 @@ func (p *sweepPath) missRate() float64 {
 			rate = max(rate, p.run.upper())
 		}
 	}
-	return max(rate, p.worst)
+	return rate
 }
 
 func (e *engine) anySilentTCP() bool {
