@@ -255,9 +255,9 @@ func (r *ring) drops() (int, error) {
 	return int(st.Drops), nil
 }
 
-// block hands every packet of the next block to fn and gives the block back to
-// the kernel. It says false if the kernel has not filled one yet.
-func (r *ring) block(fn func(packet []byte)) bool {
+// block hands every packet of the next block to fn, with the time of day when
+// it came in nanoseconds, and gives the block back to the kernel. It says false if the kernel has not filled one yet.
+func (r *ring) block(fn func(packet []byte, at int64)) bool {
 	mem := r.mem[r.cur*ringBlock : (r.cur+1)*ringBlock]
 	desc := (*unix.TpacketHdrV1)(unsafe.Pointer(&(*unix.TpacketBlockDesc)(unsafe.Pointer(&mem[0])).Hdr[0]))
 	if atomic.LoadUint32(&desc.Block_status)&unix.TP_STATUS_USER == 0 {
@@ -267,7 +267,7 @@ func (r *ring) block(fn func(packet []byte)) bool {
 	for n := desc.Num_pkts; n > 0; n-- {
 		h := (*unix.Tpacket3Hdr)(unsafe.Pointer(&mem[off]))
 		at := off + uint32(h.Net)
-		fn(mem[at : at+h.Snaplen])
+		fn(mem[at:at+h.Snaplen], int64(h.Sec)*1e9+int64(h.Nsec))
 		off += h.Next_offset
 	}
 	atomic.StoreUint32(&desc.Block_status, unix.TP_STATUS_KERNEL)

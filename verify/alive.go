@@ -67,6 +67,13 @@ func (e *engine) pilot() error {
 		p.proven = p.heard > 0
 	}
 	e.tick = newTick(e.now()) // what did not answer the pilot is no loss
+	var rtt time.Duration
+	for _, p := range paths {
+		rtt = max(rtt, p.minRTT)
+	}
+	if rtt > 0 {
+		e.pacer.begin(rtt)
+	}
 	return nil
 }
 
@@ -91,20 +98,22 @@ func (e *engine) heard(paths []*sweepPath, until int64) (bool, error) {
 }
 
 // plan spreads the canaries of a round over the probes of each path.
-func (e *engine) plan(list []sweepProbe) {
+func (e *engine) plan(r int, list []sweepProbe) {
 	for _, p := range e.pools {
-		p.round, p.silent, p.probes = tally{}, 0, 0
+		p.probes = 0
 	}
 	for _, p := range e.paths {
 		p.windows, p.checked, p.left, p.until, p.suspended = nil, 0, 0, 0, false
 	}
+	silent := 0 // TCP ports of proven paths
 	for _, x := range list {
-		p := x.flow.path
+		f, _ := e.at(x)
+		p := f.path
 		p.left++
 		if p.proven {
 			p.pool.probes++
-			if x.flow.proto == rules.TCP {
-				p.pool.silent++
+			if f.proto == rules.TCP {
+				silent++
 			}
 		}
 	}
@@ -112,14 +121,19 @@ func (e *engine) plan(list []sweepProbe) {
 		if p.left == 0 || !p.proven {
 			continue
 		}
-		// With this many canaries over all paths of a pool, four rounds without
-		// loss meet the bound: silent·(3/n)⁴ = bound.
-		need := 3 * math.Pow(float64(max(p.pool.silent, 1))/e.cfg.MissBound, 0.25)
+		// With this many canaries over all paths of a pool, three rounds without
+		// loss meet the bound: silent·(3/3n)³ = bound.
+		need := math.Cbrt(float64(max(silent, 1)) / e.cfg.MissBound)
 		share := int(math.Ceil(need * float64(p.left) / float64(p.pool.probes)))
 		n := max(p.left/canaryEvery, min(share, max(tinyCanaries, p.left/8)), 2)
-		// Other paths of the pair, later rounds and the last burst want tuples too.
-		n = max(2, min(n, (p.tuplesLeft()-reservedTuples)/(3*len(p.peer.paths))))
-		p.every = max(1, (p.left+n-2)/(n-1))
+		// Other paths of the pair, later rounds and the last burst want tuples too:
+		// three rounds may have three quarters, each of the rest half of what is left.
+		part := 0.5
+		if r < 3 {
+			part = 0.75 / (3 - 0.75*float64(r))
+		}
+		n = max(2, min(n, int(part*float64(p.tuplesLeft()-reservedTuples))/len(p.peer.paths)))
+		p.every = max(1, p.left/(n-1))
 	}
 }
 

@@ -123,10 +123,11 @@ func (k *kind) live() bool { return k.answers.Load() && !k.demoted }
 
 // window is a stretch of a round of one path: probes, and canaries among them.
 type window struct {
-	sent, got int     // canaries; got is guarded by engine.mu
-	last      int64   // when the last canary left, ns since the run began
-	tainted   bool    // our own ring dropped packets meanwhile
-	miss      float64 // upper bound of the probability that an answer got lost
+	sent, got int   // canaries; got is guarded by engine.mu
+	last      int64 // when the last canary left, ns since the run began
+	tainted   bool  // our own ring dropped packets meanwhile
+	judged    bool
+	proves    bool // it lost no more than its path usually does
 }
 
 // tally counts canaries that were judged.
@@ -156,32 +157,6 @@ func (t tally) worseThan(p float64) bool {
 // dead says that nothing at all came back: whatever the numbers, silence then
 // proves nothing.
 func (t tally) dead() bool { return t.lost == t.sent }
-
-// missOf bounds the loss in a window, given that of its path in this round, of
-// all paths over its link in this round, and of those in the whole run. The
-// narrowest sample that is large enough speaks, but loss beyond accident in a
-// narrower one overrules it.
-func missOf(win, path, pool, run tally) float64 {
-	if win.dead() || path.dead() {
-		return 1
-	}
-	var p float64
-	switch {
-	case path.sent >= ownSample:
-		p = path.upper()
-	case pool.sent >= ownSample:
-		p = pool.upper()
-	default:
-		p = run.upper()
-	}
-	if path.worseThan(p) {
-		p = max(p, path.upper())
-	}
-	if win.worseThan(p) {
-		p = max(p, win.upper())
-	}
-	return p
-}
 
 // histogram holds round-trip times in buckets of an eighth of an octave, so
 // that a million of them cost no more than one.

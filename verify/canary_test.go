@@ -5,6 +5,8 @@ import (
 	"math/rand/v2"
 	"testing"
 	"time"
+
+	"deadlight/rules"
 )
 
 func TestTuplesAreUsedOnce(t *testing.T) {
@@ -90,25 +92,75 @@ func TestUpperBound(t *testing.T) {
 	}
 }
 
-func TestMissOf(t *testing.T) {
+func TestMissRate(t *testing.T) {
 	for _, c := range []struct {
-		name                 string
-		win, path, pool, run tally
-		want                 float64
+		name      string
+		path, run tally
+		want      float64
 	}{
-		{"own sample", tally{16, 0}, tally{3000, 0}, tally{9000, 600}, tally{9000, 600}, 0.001},
-		{"small path borrows", tally{3, 0}, tally{3, 0}, tally{3000, 0}, tally{6000, 9}, 0.001},
-		{"small pool borrows", tally{3, 0}, tally{3, 0}, tally{6, 0}, tally{30, 0}, 0.1},
-		{"dead window", tally{16, 16}, tally{3000, 16}, tally{3000, 16}, tally{3000, 16}, 1},
-		{"dead path", tally{2, 2}, tally{2, 2}, tally{3000, 2}, tally{3000, 2}, 1},
-		{"no canary", tally{}, tally{}, tally{3000, 0}, tally{3000, 0}, 1},
-		{"bad window", tally{100, 50}, tally{3000, 50}, tally{3000, 50}, tally{3000, 50}, tally{100, 50}.upper()},
-		{"bad path", tally{60, 30}, tally{60, 30}, tally{3000, 30}, tally{3000, 30}, tally{60, 30}.upper()},
-		{"an accident", tally{16, 1}, tally{3000, 30}, tally{3000, 30}, tally{3000, 30}, tally{3000, 30}.upper()},
+		{"own sample", tally{3000, 0}, tally{9000, 600}, 0.001},
+		{"small path borrows", tally{3, 0}, tally{3000, 0}, 0.001},
+		{"small pool", tally{3, 0}, tally{30, 0}, 0.1},
+		{"bad small path", tally{60, 30}, tally{3000, 30}, tally{60, 30}.upper()},
+		{"no canary", tally{}, tally{}, 1},
 	} {
-		if got := missOf(c.win, c.path, c.pool, c.run); math.Abs(got-c.want) > 1e-9 {
+		p := &sweepPath{run: c.path, pool: &pool{run: c.run}}
+		if got := p.missRate(); math.Abs(got-c.want) > 1e-9 {
 			t.Errorf("%s: got %g, want %g", c.name, got, c.want)
 		}
+	}
+}
+
+// What a window proves, by the canaries that came back in it.
+func TestJudgeWindows(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		windows []window
+		proves  []bool
+		before  tally
+	}{
+		{"no loss", []window{{sent: 200, got: 200}, {sent: 200, got: 200}}, []bool{true, true}, tally{}},
+		{"even loss", []window{{sent: 200, got: 196}, {sent: 200, got: 195}}, []bool{true, true}, tally{}},
+		{"dead window", []window{{sent: 2000, got: 2000}, {sent: 16}}, []bool{true, false}, tally{}},
+		{"bad window", []window{{sent: 2000, got: 2000}, {sent: 50, got: 20}}, []bool{true, false}, tally{}},
+		{"dead path", []window{{sent: 16}, {sent: 16}}, []bool{false, false}, tally{}},
+		{"half is lost", []window{{sent: 200, got: 90}, {sent: 200, got: 80}}, []bool{false, false}, tally{}},
+		{"no canary", []window{{}, {}}, []bool{false, false}, tally{}},
+		{"tainted", []window{{sent: 200, got: 200, tainted: true}, {sent: 200, got: 200}}, []bool{false, true}, tally{}},
+		{"a worse round", []window{{sent: 500, got: 400}, {sent: 500, got: 400}}, []bool{false, false}, tally{30000, 0}},
+	} {
+		p := &sweepPath{Path: &Path{}, pool: &pool{run: c.before}, proven: true, run: c.before}
+		f := newFlow(p, rules.TCP, []uint16{1, 2})
+		p.tcpFlow = f
+		e := &engine{pools: []*pool{p.pool}, paths: []*sweepPath{p}, flows: []*flow{f}}
+		for i := range c.windows {
+			p.windows = append(p.windows, &c.windows[i])
+			f.window[i] = uint16(i + 1)
+		}
+		e.judge([]sweepProbe{newSweepProbe(0, 0), newSweepProbe(0, 1)})
+		for i, proves := range c.proves {
+			if got := f.good[i] == 1; got != proves {
+				t.Errorf("%s: window %d proves %v, want %v", c.name, i, got, proves)
+			}
+		}
+	}
+}
+
+// Four ports share a word: none may touch another.
+func TestAnswersArePacked(t *testing.T) {
+	f := newFlow(nil, rules.TCP, portRange(1, 4099))
+	answer := func(i int) Answer { return Answer{State(i % 5), Reason(i % 16)} }
+	for i := range f.ports {
+		f.setAnswer(i, Answer{Filtered, PassedGate})
+		f.setAnswer(i, answer(i))
+	}
+	for i := range f.ports {
+		if got := f.answer(i); got != answer(i) || f.silent(i) != (answer(i) == Answer{}) {
+			t.Fatalf("port %d: %v, want %v", i, got, answer(i))
+		}
+	}
+	if len(stateNames) > 1<<3 || len(reasonNames) > 1<<5 {
+		t.Error("a byte holds no more than 8 states and 32 reasons")
 	}
 }
 

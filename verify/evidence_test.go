@@ -427,8 +427,8 @@ func TestVantageTroubles(t *testing.T) {
 // A path that lived through every round but not beyond the last probe is dead:
 // what its canaries proved before is worth nothing.
 func TestSilenceOfADeadPath(t *testing.T) {
-	f := newFlow(&sweepPath{Path: &Path{}}, rules.TCP, []uint16{80, 81})
-	f.miss[0] = 1e-9 // 81 was not asked often enough
+	f := newFlow(&sweepPath{Path: &Path{}, pool: &pool{}, run: tally{sent: 1000}}, rules.TCP, []uint16{80, 81})
+	f.good[0] = 3 // 81 was not asked
 	for alive, want := range map[bool][]Answer{
 		true:  {{Filtered, NoResponse}, {Unknown, PathNotProven}},
 		false: {{Unknown, PathNotProven}, {Unknown, PathNotProven}},

@@ -504,7 +504,7 @@ func (o *odd) expectAnswer(x *oddProbe) {
 // receive is the receiving half.
 func (o *odd) receive() error {
 	for {
-		if o.ring.block(func(packet []byte) {
+		if o.ring.block(func(packet []byte, _ int64) {
 			if r, ok := parseOddReply(packet); ok {
 				o.book(&r)
 			}

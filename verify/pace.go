@@ -4,7 +4,10 @@ package verify
 // not depend on the rate must not slow the run down, so every slowdown is an
 // experiment that is taken back if it did not help.
 
-import "math"
+import (
+	"math"
+	"time"
+)
 
 const (
 	tickLength  = int64(10e6) // ns, the stretch of time the rate is judged by
@@ -14,6 +17,14 @@ const (
 	rateStart   = 100e3 // packets a second
 	rateFloor   = 500
 	rateCeiling = 10e6
+
+	// A run begins with so many packets on their way, whatever the way's length.
+	flightStart            = 1000
+	rateSlowest, rateRange = 20e3, 20 // and that gives a rate from the slowest to so many times it
+
+	// Canaries that all take this much longer than the fastest ever did wait in a
+	// queue that we fill.
+	queueLimit = 50 * time.Millisecond
 )
 
 // tick is a stretch of time with its canaries, over all paths. Its counts are
@@ -33,6 +44,8 @@ type pacer struct {
 	usual       float64 // loss that no slowdown mends
 	knee        float64 // rate that lost packets once; above it growth is slow
 	changed     int64   // ticks that began before this one saw another rate
+	queued      bool    // what is sent waits in a queue
+	braked      int64   // when a queue was the reason for the last time
 	// trial is the rate before a slowdown whose effect is not known yet, else 0.
 	trial, trialLoss, trialSample float64
 }
@@ -44,6 +57,26 @@ func newPacer(maxRate int) *pacer {
 	}
 	p.rate = min(rateStart, p.limit)
 	return p
+}
+
+// begin sets the rate of a run from the time an answer takes.
+func (p *pacer) begin(rtt time.Duration) {
+	rate := flightStart / max(rtt, time.Microsecond).Seconds()
+	p.rate = min(max(rate, rateSlowest), rateSlowest*rateRange, p.limit)
+}
+
+// queue slows down while what is sent waits in a queue, given the least time by
+// which one of the latest canaries was late. It must not wait for a judgement:
+// that comes late itself when canaries do.
+func (p *pacer) queue(late time.Duration, now int64) {
+	p.queued = late > queueLimit
+	if !p.queued || now < p.braked+2*int64(late) { // it takes its time to empty
+		return
+	}
+	p.trial = 0
+	p.knee = min(p.knee, p.rate)
+	p.rate = max(p.rate/2, min(rateFloor, p.limit))
+	p.changed, p.braked = now, now
 }
 
 // judge learns, at the given time, from a tick whose canaries had their time to
@@ -70,11 +103,12 @@ func (p *pacer) judge(t *tick, now int64) {
 	// Only a trial may raise it: a line slowly driven into loss would pass for a
 	// lossy one.
 	p.usual = min(p.usual, 0.9*p.usual+0.1*loss)
-	if p.rate > 2*achieved { // something else is the brake
+	if p.queued || p.rate > 2*achieved { // something else is the brake
 		return
 	}
 	if safe := 0.8 * p.knee; p.rate < safe {
 		p.rate = min(2*p.rate, safe)
+		p.changed = now // the next doubling waits for what this one does
 	} else {
 		p.rate *= 1.05
 		p.knee = max(p.knee, p.rate)

@@ -50,9 +50,20 @@ type Config struct {
 	MissBound float64
 	// MaxRate bounds the send rate in packets per second; 0 means none.
 	MaxRate int
+	// Arrived, if not nil, is a witness on the target. A path whose every probe of
+	// a round it counted is done with that round: its silence is called Filtered,
+	// which means no more than that nothing came back, and whoever asks for a
+	// witness asks it too which probes passed ([Judge] does).
+	Arrived ArrivalCounter
+	// Each, if not nil, gets every path's result, in order, as soon as its group is
+	// done, and [Result] has none of them: a run over thousands of hosts then needs
+	// no more memory than one over some dozens. Its error ends the run.
+	Each func(path int, r PathResult) error
 	// Progress, if not nil, is called from the sending goroutine some times a
 	// second with the probes sent so far and a current estimate of the total.
 	Progress func(sent, total uint64)
+
+	group int // ports at a time; 0 means groupPorts
 }
 
 // Answer is the state of one port with its reason.
@@ -75,6 +86,9 @@ type PathResult struct {
 	// Alive says that canaries answered throughout and after the last probe.
 	Alive                      bool
 	CanariesSent, CanariesLost int
+	// ArrivedTCP and ArrivedUDP say that Config.Arrived counted every probe of a
+	// round that asked all silent ports of the protocol.
+	ArrivedTCP, ArrivedUDP bool
 	// SentTCP and SentUDP count the probes put on the wire, repeats included.
 	SentTCP, SentUDP uint64
 	// Err is why the path ended, where the vantage knows it: its link went down
@@ -90,8 +104,10 @@ type Target struct {
 
 // Result is what a [Sweep] showed.
 type Result struct {
-	Paths   []PathResult // parallel to Config.Paths
-	Bound   float64      // upper bound of the probability that any TCP answer was missed; 1 if no path lives
-	Probes  uint64       // packets sent, canaries and repeats included
+	Paths []PathResult // parallel to Config.Paths; nil with Config.Each
+	// Bound is an upper bound of the probability that any TCP answer was missed; 1
+	// if no path lives. Ports whose probes were counted on arrival add nothing to it.
+	Bound   float64
+	Probes  uint64 // packets sent, canaries and repeats included
 	Elapsed time.Duration
 }

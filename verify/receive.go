@@ -14,14 +14,15 @@ import (
 // receive is the receiving half, until stop is set or the socket breaks.
 func (e *engine) receive() {
 	var r reply
-	var at int64
-	handle := func(packet []byte) {
+	var at, clock int64
+	handle := func(packet []byte, came int64) {
 		if parseReply(packet, &r) {
-			e.handle(&r, at)
+			// It may have waited for us. A clock that was set meanwhile is not believed.
+			e.handle(&r, at-min(max(clock-came, 0), int64(drainLimit)))
 		}
 	}
 	for {
-		at = e.now()
+		at, clock = e.now(), time.Now().UnixNano()
 		more := e.ring.block(handle)
 		for _, l := range e.links {
 			e.sendRSTs(l)
@@ -131,7 +132,7 @@ func (e *engine) record(f *flow, port uint16, a Answer, from netip.Addr) {
 	if !ok || a.weight() <= f.answer(i).weight() {
 		return
 	}
-	f.answers[i].Store(uint32(a.State)<<8 | uint32(a.Reason))
+	f.setAnswer(i, a)
 	p := f.path
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -166,9 +167,18 @@ func (e *engine) canaryBack(t *tuples, i int, now int64) *sweepPath {
 	if rtt < p.minRTT+retransmitted {
 		p.pool.rtt.add(rtt)
 	}
+	e.late[e.returned%len(e.late)] = rtt - p.minRTT
+	e.returned++
 	c.tick.got++
 	if c.win != nil {
 		c.win.got++
+		e.away--
+		if c.win.judged && rtt < p.minRTT+retransmitted {
+			// Late, not lost.
+			p.total.lost--
+			p.run.lost--
+			p.pool.run.lost--
+		}
 	}
 	k := c.tick.kinds[c.kind]
 	k.lost--

@@ -120,7 +120,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 			return nil, err
 		}
 	}
-	res, err := Sweep(ctx, Config{Paths: paths, Progress: cfg.Progress})
+	res, err := Sweep(ctx, Config{Paths: paths, Progress: cfg.Progress, Arrived: trip.Arrived})
 	if err != nil {
 		return nil, fmt.Errorf("probe the throw-away host: %w", err)
 	}

@@ -243,14 +243,14 @@ func (j *judge) view(v *View, res *PathResult) {
 		fam = "ipv4"
 	}
 	for _, proto := range []rules.Protocol{rules.TCP, rules.UDP} {
-		ports, answers, sent := v.Path.TCP, res.TCP, res.SentTCP
+		ports, answers, sent, counted := v.Path.TCP, res.TCP, res.SentTCP, res.ArrivedTCP
 		if proto == rules.UDP {
-			ports, answers, sent = v.Path.UDP, res.UDP, res.SentUDP
+			ports, answers, sent, counted = v.Path.UDP, res.UDP, res.SentUDP, res.ArrivedUDP
 		}
 		if len(ports) == 0 {
 			continue
 		}
-		exact := j.cfg.HostProof != nil && sent > 0 && j.cfg.HostProof.Arrived[proto][v.Path.SrcPort] >= sent
+		exact := j.cfg.HostProof != nil && sent > 0 && (counted || j.cfg.HostProof.Arrived[proto][v.Path.SrcPort] >= sent)
 		j.inexact = j.inexact || !exact
 		byState := [len(stateNames)][]uint16{}
 		for i, port := range ports {

@@ -6,6 +6,7 @@ package verify
 import (
 	"errors"
 	"runtime"
+	"slices"
 	"time"
 
 	"deadlight/rules"
@@ -17,13 +18,13 @@ func (e *engine) probe(f *flow, i int) error {
 	if len(p.windows) == 0 {
 		p.windows = append(p.windows, new(window)) // without canaries: proves nothing
 	}
-	f.window[i] = uint32(len(p.windows))
+	f.window[i] = uint16(len(p.windows))
 	b, port := p.link.out.next(), f.ports[i]
 	if f.proto == rules.TCP {
 		seq := e.key.cookie(p.peer.id, p.SrcPort, port)
-		return e.put(p.link, p.syn.tcp(b, p.SrcPort, port, seq), slot{&p.sentTCP, &f.window[i]})
+		return e.put(p.link, p.syn.tcp(b, p.SrcPort, port, seq), slot{count: &p.sentTCP, win: &f.window[i]})
 	}
-	return e.put(p.link, p.udp.udp(b, p.SrcPort, port), slot{&p.sentUDP, &f.window[i]})
+	return e.put(p.link, p.udp.udp(b, p.SrcPort, port), slot{count: &p.sentUDP, win: &f.window[i]})
 }
 
 // canary puts one canary into its link's batch.
@@ -44,6 +45,7 @@ func (e *engine) canary(p *sweepPath, k *kind, w *window) error {
 	if w != nil {
 		w.sent++
 		w.last = now
+		e.away++
 	}
 	e.mu.Unlock()
 
@@ -56,23 +58,24 @@ func (e *engine) canary(p *sweepPath, k *kind, w *window) error {
 		id, seq := t.number(i)
 		n = p.echo.echo(b, id, seq, e.key.cookie(p.peer.id, id, seq))
 	}
-	return e.put(p.link, n, slot{count: &p.sent})
+	return e.put(p.link, n, slot{count: &p.sent, sent: canaryRef{t, i}})
 }
 
 // put adds a frame that stands in the batch's next buffer.
 func (e *engine) put(l *sweepLink, length int, s slot) error {
-	l.slots[l.out.n] = s
-	l.out.add(length)
-	if l.out.n < e.pacer.burst() {
+	b := l.out
+	b.slots[b.batch.n] = s
+	b.add(length)
+	if b.batch.n < e.pacer.burst() {
 		return nil
 	}
 	return e.flush(l)
 }
 
-// flush sends what waits for a link, when the rate allows it.
+// flush hands what waits for a link to the senders, when the rate allows it.
 func (e *engine) flush(l *sweepLink) error {
-	n := l.out.n
-	if n == 0 {
+	b := l.out
+	if b.batch.n == 0 {
 		return nil
 	}
 	if err := e.ctx.Err(); err != nil {
@@ -81,31 +84,24 @@ func (e *engine) flush(l *sweepLink) error {
 	if e.failed.Load() {
 		return errors.New("receiving half stopped") // its own error comes first
 	}
-	stalled := l.stalled.Load() != 0
-	sent, err := l.out.send(l.outLink, stallLimit)
-	if err != nil {
-		return err
-	}
-	for i, s := range l.slots[:n] {
-		switch {
-		case i < sent:
-			*s.count++
-		case s.win != nil:
-			*s.win = 0
+	b.n, b.before = b.batch.n, l.stalled.Load() != 0
+	l.out = nil
+	l.away++
+	e.work <- b
+	e.tick.packets += b.n
+	for l.out == nil {
+		if n := len(l.idle); n > 0 {
+			l.out, l.idle = l.idle[n-1], l.idle[:n-1]
+			break
 		}
-	}
-	e.probes += uint64(sent)
-	e.tick.packets += n
-	if sent < n {
-		e.lossSeen = true
-		if stalled {
-			return e.sleep(time.Millisecond)
+		if err := e.book(l); err != nil {
+			return err
 		}
 	}
 
 	now := e.now()
 	// Time that was lost is made up for, but not by a flood.
-	e.due = max(e.due, now-int64(5*time.Millisecond)) + int64(float64(n)/e.pacer.rate*1e9)
+	e.due = max(e.due, now-int64(5*time.Millisecond)) + int64(float64(b.n)/e.pacer.rate*1e9)
 	for now < e.due {
 		if d := time.Duration(e.due - now); d > 200*time.Microsecond {
 			if err := e.sleep(d - 100*time.Microsecond); err != nil {
@@ -119,10 +115,98 @@ func (e *engine) flush(l *sweepLink) error {
 	return nil
 }
 
+// book waits for a batch of a link to come back and books its frames.
+func (e *engine) book(l *sweepLink) error {
+	b := <-l.back
+	l.away--
+	l.idle = append(l.idle, b)
+	for i, s := range b.slots[:b.n] {
+		switch {
+		case i < b.sent:
+			*s.count++
+		case s.win != nil:
+			*s.win = 0
+		}
+	}
+	e.probes += uint64(b.sent)
+	if b.err != nil {
+		return b.err
+	}
+	if b.sent < b.n {
+		e.lossSeen = true
+		if b.before {
+			return e.sleep(time.Millisecond)
+		}
+	}
+	return nil
+}
+
+// senders is how many threads put frames on the wire. The kernel does much for
+// a frame before it takes the next one; over a veth it does all that the target
+// does, too.
+func senders() int { return min(runtime.GOMAXPROCS(0), 4) }
+
+func newSweepLink(l *outLink) *sweepLink {
+	s := &sweepLink{outLink: l, rst: newBatch()}
+	n := senders() + 2 // one is filled, one waits
+	s.back = make(chan *outBatch, n)
+	for range n {
+		s.idle = append(s.idle, &outBatch{batch: newBatch(), link: s})
+	}
+	s.out, s.idle = s.idle[n-1], s.idle[:n-1]
+	return s
+}
+
+func (e *engine) startSenders() {
+	e.work = make(chan *outBatch, 1)
+	for range senders() {
+		e.senders.Add(1)
+		go func() {
+			defer e.senders.Done()
+			for b := range e.work {
+				e.stamp(b)
+				b.sent, b.err = b.send(b.link.outLink, stallLimit)
+				b.link.back <- b
+			}
+		}()
+	}
+}
+
+// stamp notes when the canaries of a batch leave: how long they waited for a
+// sender is no part of their way.
+func (e *engine) stamp(b *outBatch) {
+	now := e.now()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, s := range b.slots[:b.n] {
+		if s.sent.of == nil {
+			continue
+		}
+		c := &s.sent.of.used[s.sent.i]
+		c.at = now
+		if c.win != nil {
+			c.win.last = now
+		}
+	}
+}
+
+func (e *engine) stopSenders() {
+	close(e.work)
+	e.senders.Wait()
+}
+
+// flushAll returns when all that was put is on the wire, or given up.
 func (e *engine) flushAll() error {
 	for _, l := range e.links {
 		if err := e.flush(l); err != nil {
 			return err
+		}
+	}
+	for _, l := range e.links {
+		for l.away > 0 {
+			if err := e.book(l); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -144,6 +228,9 @@ func (e *engine) service(now int64) error {
 	e.tick = newTick(now)
 	grace := int64(e.grace())
 	e.mu.Lock()
+	if e.returned >= len(e.late) {
+		e.pacer.queue(slices.Min(e.late[:]), now)
+	}
 	for len(e.ticks) > 0 && e.ticks[0].end+grace < now {
 		e.pacer.judge(e.ticks[0], now)
 		for k, t := range e.ticks[0].kinds {

@@ -6,7 +6,6 @@ import (
 	crand "crypto/rand"
 	"errors"
 	"fmt"
-	"math"
 	"math/rand/v2"
 	"net/netip"
 	"runtime"
@@ -21,6 +20,7 @@ import (
 const (
 	defaultMissBound = 1e-6
 	maxRounds        = 16
+	witnessRounds    = 4 // to get one of which the witness counted everything
 
 	// A silent UDP port is asked until the chance of a lost answer is this; a
 	// union bound over all of them would promise more than UDP can keep, since
@@ -56,13 +56,20 @@ const (
 // and [Result]. It needs CAP_NET_RAW there and the interfaces up. Silence on a
 // path whose canaries do not answer is [Unknown], never [Filtered].
 //
+// Many paths are probed in groups, one after the other, so that memory is
+// bounded by a group; see [Config].Each.
+//
 // If ctx ends, Sweep returns its error and no result.
 func Sweep(ctx context.Context, cfg Config) (*Result, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	began := time.Now()
-	e, err := newEngine(ctx, cfg, began)
+	return sweepGroups(ctx, cfg)
+}
+
+// sweepGroup probes some paths at once.
+func sweepGroup(ctx context.Context, cfg Config) (*Result, error) {
+	e, err := newEngine(ctx, cfg, time.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -110,6 +117,11 @@ type engine struct {
 
 	mu    sync.Mutex
 	order uint64 // of the last canary
+	away  int    // canaries of rounds that did not come back yet
+	// By how much the latest canaries that came back were slower than the fastest
+	// of their path, and how many came back in all.
+	late     [tickSample]time.Duration
+	returned int
 
 	// The sending half's own.
 	pacer     *pacer
@@ -117,7 +129,10 @@ type engine struct {
 	tick      *tick
 	ticks     []*tick // waiting for their canaries
 	dropsRead int64   // when, ns since began
-	lossSeen  bool
+	lossSeen  bool    // frames that never left, or answers that our ring had no room for
+	arrived   arrivals
+	senders   sync.WaitGroup
+	work      chan *outBatch
 	lastProbe int64
 	probes    uint64 // packets sent
 	planned   uint64
@@ -128,23 +143,42 @@ type engine struct {
 // half has its own batch, for its RSTs.
 type sweepLink struct {
 	*outLink
-	out   *batch
-	slots [batchSize]slot
-	rst   *batch
+	out  *outBatch // is being filled
+	idle []*outBatch
+	back chan *outBatch // from the senders
+	away int            // at the senders
+	rst  *batch
+}
+
+// outBatch is a batch with what must be booked when it has left.
+type outBatch struct {
+	*batch
+	link   *sweepLink
+	slots  [batchSize]slot
+	n      int // frames handed to the senders
+	sent   int
+	err    error
+	before bool // the link was stalled already
 }
 
 // slot tells whom a frame of a batch belongs to.
 type slot struct {
 	count *uint64 // of frames on the wire
-	win   *uint32 // to be cleared if the frame never left; nil of a canary
+	win   *uint16 // to be cleared if the frame never left; nil of a canary
+	sent  canaryRef
+}
+
+// canaryRef finds a canary that waits to leave; the zero one is none.
+type canaryRef struct {
+	of *tuples
+	i  int
 }
 
 // pool is all paths over one link with one family. Small paths borrow its loss.
 type pool struct {
-	rtt        histogram
-	round, run tally
-	silent     int // TCP ports to be sent in this round
-	probes     int // in this round
+	rtt    histogram
+	run    tally // of canaries in rounds
+	probes int   // in this round
 }
 
 // sweepPath is a [Path] at work.
@@ -162,6 +196,7 @@ type sweepPath struct {
 	dead                   bool // proven once, lost for good
 	err                    error
 	total                  tally // of canaries, but for the pilot's
+	run                    tally // of canaries in rounds
 	sentTCP, sentUDP, sent uint64
 
 	// Guarded by engine.mu.
@@ -185,30 +220,27 @@ type flow struct {
 	path    *sweepPath
 	proto   rules.Protocol
 	ports   []uint16
-	answers []atomic.Uint32 // State<<8 | Reason, written by the receiving half
-	miss    []float32       // chance that every answer so far got lost
-	window  []uint32        // that the port was last sent in, from 1; 0: not sent in this round
-	good    []uint8         // probes that a window proves something about
+	answers []atomic.Uint32 // a State and a Reason for four ports each, written by the receiving half
+	window  []uint16        // that the port was last sent in, from 1; 0: not sent in this round
+	good    []uint8         // probes in windows that lost no more than their path usually does
+	arrived bool            // a tripwire counted every probe of a round that asked all silent ports
 }
 
-// sweepProbe is a port of a flow.
-type sweepProbe struct {
-	flow *flow
-	i    uint16
-}
+// sweepProbe is a port of a flow: the flow's number and the port's position,
+// in four bytes, since there is one for every port.
+type sweepProbe uint32
+
+func newSweepProbe(flow, i int) sweepProbe { return sweepProbe(flow<<16 | i) }
+
+func (e *engine) at(x sweepProbe) (*flow, int) { return e.flows[x>>16], int(x & 0xffff) }
 
 func newFlow(p *sweepPath, proto rules.Protocol, ports []uint16) *flow {
-	f := &flow{
+	return &flow{
 		path: p, proto: proto, ports: ports,
-		answers: make([]atomic.Uint32, len(ports)),
-		miss:    make([]float32, len(ports)),
-		window:  make([]uint32, len(ports)),
+		answers: make([]atomic.Uint32, (len(ports)+3)/4),
+		window:  make([]uint16, len(ports)),
 		good:    make([]uint8, len(ports)),
 	}
-	for i := range f.miss {
-		f.miss[i] = 1
-	}
-	return f
 }
 
 // find returns the position of a port.
@@ -221,11 +253,28 @@ func (f *flow) find(port uint16) (int, bool) {
 }
 
 func (f *flow) answer(i int) Answer {
-	x := f.answers[i].Load()
-	return Answer{State(x >> 8), Reason(x)}
+	x := f.answers[i/4].Load() >> (i % 4 * 8)
+	return Answer{State(x >> 5 & 7), Reason(x & 31)}
 }
 
-func (f *flow) silent(i int) bool { return f.answers[i].Load() == 0 }
+// setAnswer is the receiving half's alone: no other writes.
+func (f *flow) setAnswer(i int, a Answer) {
+	word, shift := &f.answers[i/4], i%4*8
+	word.Store(word.Load()&^(0xff<<shift) | (uint32(a.State)<<5|uint32(a.Reason))<<shift)
+}
+
+func (f *flow) silent(i int) bool { return f.answers[i/4].Load()>>(i%4*8)&0xff == 0 }
+
+// misses gives the chance that every answer to a port got lost, by the number
+// of its good probes.
+func (f *flow) misses() (chance [maxRounds + 1]float64) {
+	p := f.path.missRate()
+	chance[0] = 1
+	for i := 1; i < len(chance); i++ {
+		chance[i] = chance[i-1] * p
+	}
+	return chance
+}
 
 // weight orders answers: a stronger one replaces a weaker one.
 func (a Answer) weight() int {
@@ -329,7 +378,7 @@ func (e *engine) addPath(index int) error {
 			return err
 		}
 		i = len(e.links)
-		e.links = append(e.links, &sweepLink{outLink: l, out: newBatch(), rst: newBatch()})
+		e.links = append(e.links, newSweepLink(l))
 		e.pools = append(e.pools, new(pool), new(pool)) // IPv4 and IPv6
 	}
 	p.link, p.pool = e.links[i], e.pools[2*i]
@@ -360,6 +409,9 @@ func (e *engine) addPath(index int) error {
 		p.kinds = append(p.kinds, &kind{Canary: k})
 	}
 	e.paths = append(e.paths, p)
+	if len(e.flows) > 1<<16 {
+		return errors.New("too many paths for one run")
+	}
 	return nil
 }
 
@@ -376,6 +428,8 @@ func (e *engine) now() int64 { return int64(time.Since(e.began)) }
 // run is the sending half.
 func (e *engine) run() error {
 	e.tick = newTick(e.now())
+	e.startSenders()
+	defer e.stopSenders()
 	if err := e.pilot(); err != nil {
 		return err
 	}
@@ -384,7 +438,7 @@ func (e *engine) run() error {
 		if len(list) == 0 {
 			break
 		}
-		if err := e.round(list); err != nil {
+		if err := e.round(r, list); err != nil {
 			return err
 		}
 		if err := e.revive(); err != nil {
@@ -397,7 +451,7 @@ func (e *engine) run() error {
 	if e.cfg.Progress != nil {
 		e.cfg.Progress(e.probes, e.probes)
 	}
-	if e.lossSeen && e.anySilentTCP() {
+	if (e.lossSeen || e.canariesAway()) && e.anySilentTCP() {
 		// An open port's SYN-ACK may be the packet that got lost.
 		return e.sleepUntil(e.lastProbe + int64(synAckAgain))
 	}
@@ -409,25 +463,26 @@ func (e *engine) silentProbes(r int) []sweepProbe {
 	var sum float64
 	count := 0
 	for _, f := range e.flows {
-		if f.proto != rules.TCP || !f.path.proven || f.path.dead {
+		if f.proto != rules.TCP || f.arrived || !f.path.proven || f.path.dead {
 			continue
 		}
+		miss := f.misses()
 		for i := range f.ports {
 			if f.silent(i) {
-				sum += float64(f.miss[i])
+				sum += miss[f.good[i]]
 				count++
 			}
 		}
 	}
 	// Each port may have an equal part of the bound.
-	enough := float32(1)
+	enough := 1.0
 	if sum > e.cfg.MissBound {
-		enough = float32(e.cfg.MissBound / float64(count))
+		enough = e.cfg.MissBound / float64(count)
 	}
 	var list []sweepProbe
-	for _, f := range e.flows {
+	for n, f := range e.flows {
 		p := f.path
-		if p.dead {
+		if p.dead || f.arrived {
 			continue
 		}
 		rounds := maxRounds
@@ -437,9 +492,13 @@ func (e *engine) silentProbes(r int) []sweepProbe {
 		case !p.proven:
 			rounds = 1
 		}
+		if e.cfg.Arrived != nil {
+			rounds = max(rounds, witnessRounds)
+		}
 		if r >= rounds {
 			continue
 		}
+		miss := f.misses()
 		for i := range f.ports {
 			a := f.answer(i)
 			again := false
@@ -449,13 +508,15 @@ func (e *engine) silentProbes(r int) []sweepProbe {
 			case a.State != Unknown:
 			case r == 0 || !p.proven:
 				again = true
+			case e.cfg.Arrived != nil && r < witnessRounds:
+				again = true // a full count proves more than any number of rounds
 			case f.proto == rules.TCP:
-				again = sum > e.cfg.MissBound && f.miss[i] > enough
+				again = sum > e.cfg.MissBound && miss[f.good[i]] > enough
 			default:
-				again = f.good[i] < 2 || f.miss[i] > udpMiss
+				again = f.good[i] < 2 || miss[f.good[i]] > udpMiss
 			}
 			if again {
-				list = append(list, sweepProbe{f, uint16(i)})
+				list = append(list, newSweepProbe(n, i))
 			}
 		}
 	}
@@ -464,12 +525,15 @@ func (e *engine) silentProbes(r int) []sweepProbe {
 
 // round sends every probe of list once, in a new order, and judges what
 // silence is worth.
-func (e *engine) round(list []sweepProbe) error {
+func (e *engine) round(r int, list []sweepProbe) error {
 	e.rng.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
-	e.plan(list)
+	e.plan(r, list)
 	e.planned = max(e.planned, e.probes+e.estimate(list))
-	for _, x := range list {
-		x.flow.window[x.i] = 0
+	for _, f := range e.flows {
+		clear(f.window)
+	}
+	if err := e.arrived.begin(e); err != nil {
+		return err
 	}
 	for n, x := range list {
 		if n%32 == 0 {
@@ -477,7 +541,8 @@ func (e *engine) round(list []sweepProbe) error {
 				return err
 			}
 		}
-		p := x.flow.path
+		f, i := e.at(x)
+		p := f.path
 		p.left--
 		if p.suspended {
 			continue
@@ -489,7 +554,7 @@ func (e *engine) round(list []sweepProbe) error {
 			}
 		}
 		p.until--
-		if err := e.probe(x.flow, int(x.i)); err != nil {
+		if err := e.probe(f, i); err != nil {
 			return err
 		}
 		if p.left == 0 {
@@ -506,7 +571,7 @@ func (e *engine) round(list []sweepProbe) error {
 		return err
 	}
 	e.judge(list)
-	return nil
+	return e.arrived.end(e)
 }
 
 // estimate guesses the packets that this round and those behind it will send.
@@ -516,11 +581,12 @@ func (e *engine) estimate(list []sweepProbe) uint64 {
 	}
 	n := 0
 	for _, x := range list {
+		f, _ := e.at(x)
 		switch {
-		case !x.flow.path.proven:
+		case !f.path.proven || e.cfg.Arrived != nil:
 			n++
-		case x.flow.proto == rules.TCP:
-			n += 4
+		case f.proto == rules.TCP:
+			n += 3
 		default:
 			n += 2
 		}
@@ -535,34 +601,44 @@ func (e *engine) judge(list []sweepProbe) {
 	own := make([]tally, len(e.paths))
 	for i, p := range e.paths {
 		for _, w := range p.windows {
-			own[i].add(tally{w.sent, w.sent - w.got})
+			w.judged = true
+			t := tally{w.sent, w.sent - w.got}
+			p.total.add(t)
+			if t.sent < windowSize || !t.dead() { // an outage is no loss rate
+				own[i].add(t)
+			}
 		}
-		p.total.add(own[i])
-		p.pool.round.add(own[i])
-		e.lossSeen = e.lossSeen || own[i].lost > 0
-	}
-	for _, p := range e.pools {
-		p.run.add(p.round)
+		p.run.add(own[i])
+		p.pool.run.add(own[i])
 	}
 	for i, p := range e.paths {
+		rate := p.missRate()
+		usual := rate < 0.5 && !own[i].dead() && !own[i].worseThan(rate)
 		for _, w := range p.windows {
-			w.miss = 1
-			if !w.tainted {
-				w.miss = missOf(tally{w.sent, w.sent - w.got}, own[i], p.pool.round, p.pool.run)
-			}
+			t := tally{w.sent, w.sent - w.got}
+			w.proves = usual && !w.tainted && !t.dead() && !t.worseThan(rate)
 		}
 	}
 	for _, x := range list {
-		w := x.flow.window[x.i]
-		if w == 0 {
-			continue
-		}
-		miss := x.flow.path.windows[w-1].miss
-		x.flow.miss[x.i] *= float32(miss)
-		if miss < 0.5 && x.flow.good[x.i] < math.MaxUint8 {
-			x.flow.good[x.i]++
+		f, i := e.at(x)
+		if w := f.window[i]; w > 0 && f.path.windows[w-1].proves {
+			f.good[i]++
 		}
 	}
+}
+
+// missRate bounds the loss in a path's rounds and windows that lost no more than usual:
+// the path's own over the whole run, or that of all paths over its link with its
+// family if it has too few canaries to tell.
+func (p *sweepPath) missRate() float64 {
+	rate := p.run.upper()
+	if p.run.sent < ownSample {
+		rate = p.pool.run.upper()
+		if p.run.worseThan(rate) {
+			rate = max(rate, p.run.upper())
+		}
+	}
+	return rate
 }
 
 func (e *engine) anySilentTCP() bool {
@@ -594,10 +670,16 @@ func (e *engine) result() *Result {
 		if r.Err == nil && !r.Alive { // it never lived
 			r.Err = p.link.err()
 		}
-		alive = alive || r.Alive
+		r.ArrivedTCP = p.tcpFlow != nil && p.tcpFlow.arrived
+		r.ArrivedUDP = p.udpFlow != nil && p.udpFlow.arrived
+		alive = alive || r.Alive || r.ArrivedTCP
+		if p.tcpFlow == nil || r.ArrivedTCP {
+			continue
+		}
+		miss := p.tcpFlow.misses()
 		for j, a := range r.TCP {
 			if a.State == Filtered {
-				sum += float64(p.tcpFlow.miss[j])
+				sum += miss[p.tcpFlow.good[j]]
 			}
 		}
 	}
@@ -614,11 +696,12 @@ func (f *flow) result(alive bool) []Answer {
 		return nil
 	}
 	answers := make([]Answer, len(f.ports))
+	miss := f.misses()
 	for i := range answers {
 		a := f.answer(i)
 		if f.silent(i) {
 			a = Answer{Unknown, PathNotProven}
-			if alive && f.miss[i] <= filteredMiss {
+			if f.arrived || alive && miss[f.good[i]] <= filteredMiss {
 				a = Answer{Filtered, NoResponse}
 			}
 		}

@@ -327,7 +327,7 @@ type probeSender struct {
 	key     nftables.SetDatatype
 }
 
-func senders() []probeSender {
+func probeSenders() []probeSender {
 	return []probeSender{
 		{"senders4", unix.NFPROTO_IPV4, 12, nftables.TypeIPAddr},
 		{"senders6", unix.NFPROTO_IPV6, 8, nftables.TypeIP6Addr},
@@ -339,7 +339,7 @@ func (t *Tripwire) sendersOf(from []netip.Addr) error {
 	if len(from) == 0 {
 		return nil
 	}
-	for _, s := range senders() {
+	for _, s := range probeSenders() {
 		var elements []nftables.SetElement
 		seen := map[netip.Addr]bool{}
 		for _, a := range from {
@@ -360,7 +360,7 @@ func (t *Tripwire) onlySenders(c *nftables.Chain, known bool) {
 	if !known {
 		return
 	}
-	for _, s := range senders() {
+	for _, s := range probeSenders() {
 		t.rule(c,
 			&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg0},
 			&expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: []byte{s.nfproto}},

@@ -96,7 +96,11 @@ func LookAtHost(ctx context.Context, cfg HostConfig) (_ *Report, err error) {
 	}
 	var res *Result
 	if err := e.outside(func() error {
-		res, err = Sweep(ctx, Config{Paths: paths, MaxRate: cfg.MaxRate, Progress: cfg.Progress})
+		sweep := Config{Paths: paths, MaxRate: cfg.MaxRate, Progress: cfg.Progress}
+		if trip != nil {
+			sweep.Arrived = trip.Arrived
+		}
+		res, err = Sweep(ctx, sweep)
 		return err
 	}); err != nil {
 		return nil, fmt.Errorf("probe this host: %w", err)
