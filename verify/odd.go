@@ -178,11 +178,10 @@ func (o *odd) wanted(k *oddKind) bool {
 // fits reports whether a kind goes to a view.
 func (o *odd) fits(k *oddKind, view int) bool {
 	v := &o.cfg.views[view]
-	plain := k.name == "syn" || k.name == "datagram"
 	switch {
 	case !k.only.Has(v.Path.Dst.Is4()):
 		return false
-	case plain && v.Sweep, (k.place != toHost || k.stage == oddReload) && !v.Sweep:
+	case k.plain && v.Sweep, (k.place != toHost || k.stage == oddReload) && !v.Sweep:
 		return false
 	}
 	return true
@@ -201,7 +200,7 @@ func (o *odd) add(k *oddKind, view, n int) {
 		o.ports = o.ports[:len(o.ports)-1]
 	}
 	e := newExpecter(o.cfg.rules, v)
-	make := func(proto rules.Protocol, dport uint16) *oddProbe {
+	probe := func(proto rules.Protocol, dport uint16) *oddProbe {
 		x := &oddProbe{
 			kind: k, view: view, link: v.Path.Link, src: v.Path.Src, dst: v.Path.Dst, proto: proto,
 			sport: sport, dport: dport, number: o.rng.Uint32() & numberMask,
@@ -230,17 +229,17 @@ func (o *odd) add(k *oddKind, view, n int) {
 	case k.protos != nil:
 		for _, p := range k.protos {
 			if v.Path.Dst.Is4() || !extends(p) {
-				take(make(p, 0))
+				take(probe(p, 0))
 			}
 		}
 		return
 	case !k.hasPorts():
-		take(make(k.proto, 0))
+		take(probe(k.proto, 0))
 		return
 	}
 	ports := o.sample(k)
 	for taken := 0; len(ports) > 0 && taken < n; ports = ports[1:] {
-		x := make(k.proto, ports[0])
+		x := probe(k.proto, ports[0])
 		// A port that is open to a SYN may answer what follows one: that betrays nothing.
 		plain := e.decide(rules.Packet{Src: x.src, Dst: x.dst, Protocol: k.proto, SrcPort: sport, DstPort: x.dport})
 		if x.expect.Outcome == rules.OutcomeOpen || x.expect.Either || plain.Outcome == rules.OutcomeOpen || plain.Either {
@@ -251,7 +250,7 @@ func (o *odd) add(k *oddKind, view, n int) {
 	}
 	if k.proto == rules.SCTP {
 		for _, port := range o.listedSCTP() {
-			if x := make(k.proto, port); x.expect.Outcome == rules.OutcomeOpen {
+			if x := probe(k.proto, port); x.expect.Outcome == rules.OutcomeOpen {
 				take(x)
 			}
 		}
@@ -260,7 +259,7 @@ func (o *odd) add(k *oddKind, view, n int) {
 		return
 	}
 	for _, port := range o.controls(k, v) {
-		x := make(k.proto, port)
+		x := probe(k.proto, port)
 		if x.control = x.expect.Outcome == rules.OutcomeOpen && !x.expect.Either && !x.expect.Limited; x.control {
 			o.probes = append(o.probes, x)
 			return

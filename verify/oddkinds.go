@@ -44,6 +44,7 @@ type oddKind struct {
 	icmp   uint8            // the type
 	flow   rules.Flow       // what conntrack makes of it
 	quiet  bool             // an open port may be silent to it, or busy with another kind from the same port
+	plain  bool             // what the sweep sends too, so that it goes elsewhere only
 	stage  oddStage
 	place  oddPlace
 	frames func(x *oddProbe) [][]byte
@@ -201,8 +202,8 @@ func oddKinds() []oddKind {
 	// A plain knock, where the sweep does not come by: on further addresses, and
 	// while the ruleset changes.
 	return append(kinds,
-		oddKind{name: "syn", proto: rules.TCP, frames: tcp(flagSYN)},
-		oddKind{name: "datagram", proto: rules.UDP, frames: udp},
+		oddKind{name: "syn", proto: rules.TCP, plain: true, frames: tcp(flagSYN)},
+		oddKind{name: "datagram", proto: rules.UDP, plain: true, frames: udp},
 		oddKind{name: "syn across a reload", proto: rules.TCP, stage: oddReload, frames: tcp(flagSYN)},
 		oddKind{name: "datagram across a reload", proto: rules.UDP, stage: oddReload, frames: udp},
 	)

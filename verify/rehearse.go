@@ -104,10 +104,6 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 			rules: cfg.Rules, views: views, swept: sweptPorts(outlook.Views), all: true, own: true,
 			listening: Ports{tcp.unlisted, udp.unlisted}, level: cfg.Thorough, budget: oddBudget(outlook.Views), taken: taken(outlook.Views),
 		})
-		if err := odd.open(); err != nil {
-			return nil, fmt.Errorf("probe the throw-away host: %w", err)
-		}
-		defer odd.close()
 		sports = append(sports, odd.sourcePorts()...)
 		others = odd.sources()
 	}
@@ -125,6 +121,10 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		return nil, fmt.Errorf("probe the throw-away host: %w", err)
 	}
 	if odd != nil {
+		if err := odd.open(); err != nil {
+			return nil, fmt.Errorf("probe the throw-away host: %w", err)
+		}
+		defer odd.close()
 		if err := odd.run(ctx, oddBeside, 0); err != nil {
 			return nil, fmt.Errorf("probe the throw-away host: %w", err)
 		}
