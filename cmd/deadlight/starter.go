@@ -121,7 +121,12 @@ func (s *starter) choose() {
 }
 
 func isGuestBridge(name string) bool {
-	return plainName.MatchString(name) && slices.ContainsFunc(guestBridges[:], func(p string) bool { return rules.MatchInterface(p, name) })
+	for _, p := range guestBridges {
+		if plainName.MatchString(name) && rules.MatchInterface(p, name) {
+			return true
+		}
+	}
+	return false
 }
 
 // works reports whether the caller works through a socket.
