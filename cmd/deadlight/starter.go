@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -120,7 +121,12 @@ func (s *starter) choose() {
 }
 
 func isGuestBridge(name string) bool {
-	return plainName.MatchString(name) && slices.ContainsFunc(guestBridges[:], func(p string) bool { return rules.MatchInterface(p, name) })
+	for _, p := range guestBridges {
+		if plainName.MatchString(name) && rules.MatchInterface(p, name) {
+			return true
+		}
+	}
+	return false
 }
 
 // works reports whether the caller works through a socket.
@@ -366,6 +372,18 @@ type opening struct {
 	comments map[rules.Protocol][]string
 }
 
+// lowest orders openings by their first port, that of TCP first: no two openings of
+// one place have one in common.
+func (o *opening) lowest() int {
+	out := math.MaxInt
+	for p, ranges := range o.ports {
+		for _, r := range ranges {
+			out = min(out, int(r.Lo)+int(p)<<17)
+		}
+	}
+	return out
+}
+
 // tables makes openings of the wants.
 func (s *starter) tables() []*opening {
 	type key struct {
@@ -448,6 +466,7 @@ func (s *starter) tables() []*opening {
 			}
 			return 1
 		}
-		return cmp.Or(first(a)-first(b), cmp.Compare(a.owner, b.owner), cmp.Compare(a.scope.interfaces, b.scope.interfaces), cmp.Compare(a.scope.to, b.scope.to))
+		return cmp.Or(first(a)-first(b), cmp.Compare(a.owner, b.owner), cmp.Compare(a.scope.interfaces, b.scope.interfaces), cmp.Compare(a.scope.to, b.scope.to),
+			cmp.Compare(a.lowest(), b.lowest()))
 	})
 }

@@ -168,9 +168,13 @@ func fakeHost(t *rapid.T) (*starter, *fakeFirewall) {
 func TestStarterProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		s, fw := fakeHost(t)
+		twin := *s
 		text, err := s.policy()
 		if err != nil {
 			t.Fatal(err)
+		}
+		if again, err := twin.policy(); err != nil || again != text {
+			t.Fatalf("%v: another text of the same host:\n%s\n%s", err, text, again)
 		}
 		p, problems := rules.Parse("policy.toml", []byte(text), nil)
 		if p == nil || len(problems) > 0 {
