@@ -73,6 +73,11 @@ func (b *outlookBuilder) views(sweep Ports) {
 	}
 	for i := range b.out.Views {
 		v := &b.out.Views[i]
+		v.Path.TCP, v.Path.UDP = among(v.Path.TCP, sweep.TCP), among(v.Path.UDP, sweep.UDP)
+		for j := range v.Shows {
+			v.Shows[j].TCP, v.Shows[j].UDP = among(v.Shows[j].TCP, sweep.TCP), among(v.Shows[j].UDP, sweep.UDP)
+		}
+		v.Shows = slices.DeleteFunc(v.Shows, func(s Shown) bool { return len(s.TCP)+len(s.UDP) == 0 })
 		v.Path.Canaries = canaries(newExpecter(b.rs, v), &v.Path)
 	}
 }
@@ -409,6 +414,14 @@ func representative(ranges []rules.PortRange) []uint16 {
 		out = thin
 	}
 	return out
+}
+
+// among gives the ports that were asked for, which ascend.
+func among(ports, asked []uint16) []uint16 {
+	return slices.DeleteFunc(slices.Clone(ports), func(p uint16) bool {
+		_, ok := slices.BinarySearch(asked, p)
+		return !ok
+	})
 }
 
 // union gives the ports of both lists, ascending and each once.

@@ -158,7 +158,9 @@ func hostOutlook(cfg HostConfig, s *surroundings) (o *Outlook, left []string, er
 		}
 	}
 	b.views(cfg.Ports)
-	return &b.out, append(left, b.unseen()...), nil
+	left = append(left, b.unseen()...)
+	b.out.Views = slices.DeleteFunc(b.out.Views, func(v View) bool { return len(v.Path.TCP)+len(v.Path.UDP) == 0 })
+	return &b.out, left, nil
 }
 
 // unseen names the interfaces that rules name and that nothing was to be sent by,
