@@ -52,7 +52,7 @@ back, 130 interrupted.`,
 		&cobra.Group{ID: groupWatch, Title: "Watch and prove"},
 	)
 	root.AddCommand(
-		newCheckCommand(e), newExplainCommand(e), newShowCommand(e),
+		newImportCommand(e), newCheckCommand(e), newExplainCommand(e), newShowCommand(e),
 		newTryCommand(e),
 		newPlanCommand(e), newApplyCommand(e), newConfirmCommand(e), newRollbackCommand(e), newRemoveCommand(e), newCleanerCommand(e),
 		newStatusCommand(e), newDriftCommand(e), newWatchCommand(e), newVerifyCommand(e),

@@ -1,0 +1,30 @@
+package importer
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"testing"
+
+	"deadlight/verify"
+)
+
+var update = flag.Bool("update", false, "rewrite the policies and notes that the fixtures expect")
+
+// TestMain moves the tests into namespaces of their own: rules are loaded.
+func TestMain(m *testing.M) {
+	if !verify.Isolated() {
+		code, err := verify.Isolate(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "importer tests need namespaces:", err)
+			code = 1
+		}
+		os.Exit(code)
+	}
+	if err := verify.EnterIsolated(); err != nil {
+		fmt.Fprintln(os.Stderr, "importer tests need namespaces:", err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
