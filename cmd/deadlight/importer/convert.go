@@ -3,7 +3,6 @@ package importer
 import (
 	"cmp"
 	"fmt"
-	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -14,9 +13,6 @@ func convert(set *ruleset) (*plan, error) {
 	p := &plan{sets: set.sets, families: set.families, format: set.format, notes: slices.Clone(set.notes)}
 	c := &converter{set: set, plan: p, notes: map[*rule]string{}, used: map[*rule]bool{}}
 	input := set.hooked("prerouting", "input")
-	if len(set.hooked("input")) == 0 {
-		p.say("no chain judges what comes in: the original admits everything, and the policy opens nothing of it")
-	}
 	var opens, blocks, egress []*table
 	echo, dhcp, judged := true, true, false
 	for f, known := range set.families {
@@ -64,6 +60,7 @@ type converter struct {
 	used  map[*rule]bool
 	// What the original admits of ping and DHCP, by family.
 	echo, dhcp [2]bool
+	some       [2]bool // ping, to some only or within a rate
 }
 
 func (p *plan) say(format string, args ...any) {
@@ -144,7 +141,7 @@ func (c *converter) incoming(v4 bool, input []*base) (opens, blocks []*table, ec
 	for _, d := range candidates {
 		bites := !d.and(echoBox(v4)).empty()
 		for _, g := range grants {
-			bites = bites || g.by != nil && !universal(g.by, v4) && !g.and(d.box).empty()
+			bites = bites || g.by != nil && !g.by.policy && !universal(g.by, v4) && !g.and(d.box).empty()
 		}
 		if !bites {
 			continue
@@ -160,11 +157,12 @@ func (c *converter) incoming(v4 bool, input []*base) (opens, blocks []*table, ec
 	echo = echoBox(v4).within(free)
 	dhcp = dhcpBox(v4).within(boxes(grants, true))
 	c.echo[f], c.dhcp[f] = echo, dhcp
+	c.some[f] = !echo && slices.ContainsFunc(grants, func(g grant) bool { return !g.and(echoBox(v4)).empty() })
 	covered := append(always(v4), echoBox(v4), dhcpBox(v4)) // what is said of those is said elsewhere
 	closed := false
 	for _, g := range grants {
 		switch {
-		case g.by == nil:
+		case g.by == nil || g.by.policy:
 			closed = true
 			continue
 		case universal(g.by, v4):
@@ -174,6 +172,10 @@ func (c *converter) incoming(v4 bool, input []*base) (opens, blocks []*table, ec
 		opens = append(opens, c.open(g, v4, covered)...)
 	}
 	if closed {
+		bit := map[bool]int{true: 1, false: 2}[v4]
+		if !slices.ContainsFunc(input, func(b *base) bool { return b.hook == "input" && b.ours&bit != 0 }) {
+			c.plan.say("no chain judges what comes in over %s: the original admits everything, and Deadlight closes it", []string{"IPv4", "IPv6"}[f])
+		}
 		for _, b := range input {
 			if b.hook == "input" && b.policy == accept {
 				c.plan.notes = append(c.plan.notes, Note{b.file, b.line, "",
@@ -210,11 +212,10 @@ func asked(r *rule, v4 bool) addrs {
 	if v4 {
 		f = 0
 	}
-	var all []interval[netip.Addr]
-	for _, b := range r.on[f] {
-		all = append(all, b.src...)
+	if len(r.on[f]) != 1 {
+		return nil
 	}
-	return union(all...)
+	return r.on[f][0].src
 }
 
 // universal reports whether a rule matches everything.
@@ -270,6 +271,9 @@ func (c *converter) incomplete(echo, dhcp bool) {
 	for f, name := range []string{"IPv4", "IPv6"} {
 		if c.echo[f] && !echo {
 			c.plan.say("ping is admitted over %s only: [icmp] has one switch for both, so it is off", name)
+		}
+		if c.some[f] {
+			c.plan.say("ping over %s is admitted to some only, or at a rate: [icmp] has one switch for all, so it is off", name)
 		}
 		if c.dhcp[f] && !dhcp {
 			c.plan.say("answers to a DHCP client are admitted over %s only: [dhcp] has one switch for both, so it is off", name)
@@ -470,8 +474,8 @@ func count(n int, what string) string {
 func (c *converter) dead(input []*base) {
 	for _, k := range c.set.reachable(input) {
 		for _, r := range k.rules {
-			if r.odd != "" && r.line > 0 && (r.verdict != accept || r.target != "") && r.verdict != goOn && c.notes[r] == "" {
-				c.tell(r, "it is only about %s: Deadlight drops what conntrack calls invalid, and looks at nothing else of the kind", r.odd)
+			if r.odd != "" && r.line > 0 && r.verdict != accept && r.verdict != goOn && r.verdict != back && c.notes[r] == "" {
+				c.tell(r, "wider than the original: this rule denies %s, which Deadlight does not look at", r.odd)
 				continue
 			}
 			if r.verdict != accept || r.odd != "" || r.states != 0 && r.states&stNew == 0 || c.used[r] || c.notes[r] != "" {

@@ -101,6 +101,11 @@ func TestFixtures(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if text := f.file("ruleset.nft"); *update && format == "nft" && text != nil && f.file("ruleset.json") == nil {
+				w := judgeHost(t)
+				inHost(t, w, string(text), "nft", "-f", "-")
+				f.set("ruleset.json", append(bytes.TrimSpace(inHost(t, w, "", "nft", "-j", "list", "ruleset")), '\n'))
+			}
 			f.unpack(t)
 			policy, notes, err := f.imported(t)
 			var said strings.Builder

@@ -69,7 +69,9 @@ func gather(notes []Note) []Note {
 	var out []Note
 	more := map[int][]string{}
 	for _, n := range notes {
-		i := slices.IndexFunc(out, func(o Note) bool { return o.File == n.File && o.Reason == n.Reason && n.Line > 0 && o.Line > 0 })
+		i := slices.IndexFunc(out, func(o Note) bool {
+			return o.File == n.File && o.Reason == n.Reason && n.Line > 0 && o.Line > 0 && o.Line != n.Line
+		})
 		if i < 0 {
 			out = append(out, n)
 		} else {
@@ -120,6 +122,11 @@ func load(names []string, o Options) (*ruleset, error) {
 		return loadIptables(list, o)
 	case "ufw":
 		return loadUFWFiles(list)
+	case "nft":
+		if len(list) > 1 {
+			return nil, errors.New("one list of nft is all there is: import it alone")
+		}
+		return loadNFT(list[0])
 	}
 	return nil, fmt.Errorf("%s is read from a directory, such as /etc/%s", format, format)
 }
@@ -200,6 +207,8 @@ func loadDir(dir string, o Options) (*ruleset, error) {
 			return nil, readError(defaults, err)
 		}
 		return readUFW(func(name string) ([]byte, error) { return os.ReadFile(filepath.Join(dir, name)) }, dir, defaults, text)
+	case "firewalld":
+		return loadFirewalld(dir)
 	case "iptables":
 		var names []string
 		for _, n := range []string{"rules.v4", "rules.v6"} {
@@ -391,4 +400,48 @@ func readIPSet(s source, sets map[string]addrs, set *ruleset) error {
 	}
 	slices.SortFunc(set.sets, func(a, b namedSet) int { return strings.Compare(a.name, b.name) })
 	return nil
+}
+
+// loadFirewalld reads a directory over firewalld's own: that beside it, if it is
+// part of a whole system, else that of this machine.
+func loadFirewalld(dir string) (*ruleset, error) {
+	builtin := filepath.Join(filepath.Dir(filepath.Dir(filepath.Clean(dir))), "usr", "lib", "firewalld")
+	if _, err := os.Stat(builtin); err != nil {
+		builtin = "/usr/lib/firewalld"
+	}
+	p := &firewalld{
+		read: func(name string) (string, []byte, error) {
+			if !filepath.IsLocal(name) {
+				return "", nil, fs.ErrNotExist
+			}
+			for _, d := range []string{dir, builtin} {
+				file := filepath.Join(d, name)
+				b, err := os.ReadFile(file)
+				if !errors.Is(err, fs.ErrNotExist) {
+					if err != nil {
+						err = readError(file, err)
+					}
+					return file, b, err
+				}
+			}
+			return "", nil, fs.ErrNotExist
+		},
+		list: func(sub string) ([]string, error) {
+			entries, err := os.ReadDir(filepath.Join(dir, sub))
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil, nil
+			}
+			if err != nil {
+				return nil, readError(filepath.Join(dir, sub), err)
+			}
+			var out []string
+			for _, e := range entries {
+				if strings.HasSuffix(e.Name(), ".xml") {
+					out = append(out, e.Name())
+				}
+			}
+			return out, nil
+		},
+	}
+	return p.load(dir)
 }

@@ -199,6 +199,7 @@ func (p *iptables) command(line int, text string) error {
 	if err := p.options(r, rest); err != nil {
 		return parseError(p.file, line, "%v", err)
 	}
+	r.policy = p.frame && r.verdict == accept
 	c := p.set.chain(p.chainName(name))
 	c.add(r)
 	if at >= 0 {
@@ -282,7 +283,9 @@ func (m *iptMatch) option(opt string, args []string, not bool) error {
 		m.module = arg
 		switch {
 		case slices.Contains([]string{"frag", "ipv6header", "hbh", "dst", "rt", "tcpmss"}, arg):
-			r.odd = "extension headers, fragments or TCP options"
+			r.odd = "packets with extension headers, fragments or TCP options"
+		case arg == "rpfilter":
+			r.odd = reversePath
 		case !knownModule(arg):
 			r.doubt("-m %s", arg)
 		}
@@ -342,7 +345,7 @@ func (m *iptMatch) option(opt string, args []string, not bool) error {
 		return need()
 	case "-f", "--fragment":
 		if !not {
-			r.odd = "fragments"
+			r.odd = "fragments of packets"
 		}
 	case "--dport", "--destination-port", "--dports", "--destination-ports", "--sport", "--source-port", "--sports", "--source-ports":
 		set, ok := portList(arg)
@@ -378,14 +381,14 @@ func (m *iptMatch) option(opt string, args []string, not bool) error {
 		m.states(bits)
 	case "--syn":
 		if not {
-			r.odd = "packets that are no SYN"
+			r.odd = noSYN
 		}
 	case "--tcp-flags":
 		if len(args) < 2 {
 			return fmt.Errorf("--tcp-flags needs two lists")
 		}
 		if synMatches(args[0], args[1]) == not {
-			r.odd = "packets that are no SYN"
+			r.odd = noSYN
 		}
 	case "--tcp-option":
 		r.odd = "TCP options"
@@ -493,6 +496,13 @@ func (m *iptMatch) states(bits uint8) {
 		m.r.on = [2][]box{}
 	}
 }
+
+// noSYN is about TCP packets that belong to no flow and begin none.
+const noSYN = "TCP packets that are no SYN (those that conntrack calls invalid are dropped, others only draw a RST)"
+
+// reversePath is about packets with a source that is not reached by where they
+// came in.
+const reversePath = "packets whose source is not reached by where they came in (set rp_filter in the kernel)"
 
 // knownModule reports whether every option of a match is read here, or doubted.
 func knownModule(s string) bool {

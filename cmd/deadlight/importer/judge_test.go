@@ -376,7 +376,7 @@ const judgePackets = 1500
 func TestImportNeverAdmitsMore(t *testing.T) {
 	total := map[string]int{}
 	for _, f := range fixtures(t) {
-		if f.file("error") != nil {
+		if f.file("error") != nil || strings.Contains(string(f.Comment), "not judged:") {
 			continue
 		}
 		t.Run(f.name, func(t *testing.T) {

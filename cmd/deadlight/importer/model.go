@@ -36,6 +36,7 @@ type rule struct {
 	file    string
 	line    int
 	text    string // as it stands there
+	where   string // what tells it better than its line, "" if nothing does
 	comment string
 	on      [2][]box // what it matches, by family: IPv4, IPv6; several are ORed
 	opaque  []string // conditions that we cannot tell
@@ -46,10 +47,16 @@ type rule struct {
 	verdict verdict
 	target  string
 	log     bool   // writes a log line
+	policy  bool   // it only stands for the default of the whole
 	chain   *chain // where it stands
 }
 
-func (r *rule) pos() string { return fmt.Sprintf("%s:%d", r.file, r.line) }
+func (r *rule) pos() string {
+	if r.where != "" {
+		return r.where
+	}
+	return fmt.Sprintf("%s:%d", r.file, r.line)
+}
 
 // States of conntrack, as bits of rule.states.
 const (
@@ -73,7 +80,7 @@ type base struct {
 	file   string
 	line   int
 	nat    bool
-	dev    string // of a netdev chain
+	dev    []string // of a netdev chain
 	prio   int
 	ours   int // families it sees: bit 0 IPv4, bit 1 IPv6
 }
@@ -130,8 +137,11 @@ func (n Note) String() string {
 	if n.Text != "" {
 		s += ": " + n.Text
 	}
-	if n.File == "" {
+	switch {
+	case n.File == "":
 		return s
+	case n.Line == 0:
+		return n.File + ": " + s
 	}
 	return fmt.Sprintf("%s:%d: %s", n.File, n.Line, s)
 }

@@ -60,10 +60,6 @@ func readUFW(read func(name string) ([]byte, error), dir, defaultsName string, d
 				return nil, parseError(defaultsName, line, "unknown policy %q", plain(value, 40))
 			}
 			policies[strings.TrimSuffix(strings.TrimPrefix(key, "DEFAULT_"), "_POLICY")] = value
-		case "MANAGE_BUILTINS":
-			if !strings.EqualFold(value, "yes") {
-				set.note(defaultsName, line, strings.TrimSpace(text), "rules that others have put in the built-in chains are not in these files")
-			}
 		}
 	}
 	if b, err := read("ufw.conf"); err == nil && !bytes.Contains(bytes.ToLower(b), []byte("enabled=yes")) {

@@ -59,8 +59,8 @@ func (w *walk) say(r *rule, format string, args ...any) {
 // base gives what a chain of a hook admits.
 func (w *walk) base(b *base) ([]grant, error) {
 	start := everything(w.v4)
-	if b.dev != "" {
-		start.dev = devices{in: []string{b.dev}}
+	if b.dev != nil {
+		start.dev = devices{in: b.dev}
 	}
 	all := start
 	grants, fell, err := w.chain(b.chain, []piece{{box: start}}, &all, b.name)
@@ -74,7 +74,7 @@ func (w *walk) base(b *base) ([]grant, error) {
 	} else if w.rejects != nil && len(fell) > 0 {
 		w.defaultIs(fell, false)
 	}
-	if b.dev != "" { // what enters elsewhere does not meet it
+	if b.dev != nil { // what enters elsewhere does not meet it
 		rest := everything(w.v4)
 		for _, r := range rest.minus(start) {
 			grants = append(grants, grant{piece{box: r}, nil})
@@ -196,7 +196,7 @@ func (w *walk) chain(c *chain, reach []piece, all *box, path string) (out []gran
 			}
 			if !universal(r, w.v4) {
 				for i := range g { // who asked for it is the rule that chose, not an ACCEPT for all
-					if g[i].by != nil && universal(g[i].by, w.v4) {
+					if g[i].by != nil && !g[i].by.policy && universal(g[i].by, w.v4) {
 						g[i].by = r
 					}
 				}

@@ -380,6 +380,9 @@ func (t *table) title() string {
 	if p.ports.within(nums{{80, 80}, {443, 443}}) && len(p.ports) > 1 {
 		return "web"
 	}
+	if names, _ := t.services(); len(names) > 1 && len(strings.Join(names, "-")) < 24 {
+		return strings.Join(names, "-")
+	}
 	first := p.ports[0]
 	if first.lo == first.hi && len(p.ports) == 1 {
 		if name := rules.ServiceName(rules.Protocol(p.proto), uint16(first.lo)); name != "" {
