@@ -190,13 +190,10 @@ func (c *converter) incoming(v4 bool, input []*base) (opens, blocks []*table, ec
 func (c *converter) open(g grant, v4 bool, covered []box) []*table {
 	t, lost := express(g.box, asked(g.by, v4), v4)
 	if len(lost) > 0 {
-		lost = nil
 		for _, rest := range g.without(covered) {
-			_, more := express(rest, nil, v4)
-			lost = append(lost, more...)
-		}
-		if len(lost) > 0 {
-			c.tell(g.by, "%s", lost[0])
+			if _, more := express(rest, nil, v4); len(more) > 0 {
+				c.tell(g.by, "%s", lost[0])
+			}
 		}
 	}
 	if t == nil {

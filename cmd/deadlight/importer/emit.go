@@ -74,7 +74,7 @@ func express(b box, asked addrs, v4 bool) (t *table, lost []string) {
 	}
 	not := slices.DeleteFunc(slices.Clone(b.dev.not), func(n string) bool { return n == "lo" })
 	if len(not) > 0 {
-		return nil, []string{"it is about every interface except " + strings.Join(not, ", ")}
+		return nil, []string{"it is about every interface except " + strings.Join(not, ", ") + ": name those that are meant"}
 	}
 	t.devices = b.dev.in
 	for _, d := range t.devices {

@@ -142,7 +142,7 @@ func (p *firewalld) load(dir string) (*ruleset, error) {
 			}
 		}
 	}
-	in.add(&rule{on: match(true, true), verdict: goTo, target: "zone " + def, policy: true})
+	in.add(&rule{on: match(true, true), verdict: goTo, target: "zone " + def})
 	for _, z := range zones {
 		if err := p.fill(z); err != nil {
 			return nil, err
@@ -258,7 +258,7 @@ func (p *firewalld) rule(e *element) *rule {
 // dispatch sends packets of a source or an interface to a zone.
 func (p *firewalld) dispatch(in *chain, z, k *element) {
 	r := p.rule(k)
-	r.verdict, r.target, r.policy = goTo, "zone "+z.attrs["zone"], true
+	r.verdict, r.target = goTo, "zone "+z.attrs["zone"]
 	if k.name == "interface" {
 		name := k.attrs["name"]
 		if strings.HasSuffix(name, "+") {
@@ -482,9 +482,8 @@ func (p *firewalld) service(name string, r *rule, at *element, seen []string) ([
 	}
 	file, data, err := p.read("services/" + name + ".xml")
 	if errors.Is(err, fs.ErrNotExist) {
-		p.set.note(at.file, at.line, at.String(), "service %q is not defined in what was read: left out", name)
 		c := *r
-		c.doubt("service %s", name)
+		c.doubt("service %s, which is not defined in what was read", name)
 		return []*rule{&c}, nil
 	}
 	if err != nil {
@@ -607,7 +606,7 @@ func (p *firewalld) rich(e *element) (int, []*rule, error) {
 				c.doubt("limit %s", l.attrs["value"])
 				continue
 			}
-			c.limit = &limit{rate: &rules.Rate{Limit: n, Per: per, Burst: 5}, key: fmt.Sprintf("%s line %d", e.file, e.line)}
+			c.limit = &limit{rate: &rules.Rate{Limit: n, Per: per, Burst: 5}}
 		}
 	}
 	return priority, list, nil
