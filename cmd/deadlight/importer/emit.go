@@ -159,7 +159,6 @@ func deviceName(s string) bool {
 type plan struct {
 	reject     bool
 	echo       *bool
-	echoLimit  *limit
 	dhcp       bool
 	output     bool // egress tables are the list of what may leave
 	outReject  bool

@@ -263,7 +263,6 @@ type iptMatch struct {
 	conns    int
 	connOver bool
 	mask     int
-	logOnly  bool
 }
 
 func (m *iptMatch) option(opt string, args []string, not bool) error {
