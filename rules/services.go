@@ -164,3 +164,18 @@ func (d *draft) service(r *reader, n placedName) ([]ProtoPorts, bool) {
 	r.errorf(n.at, hint, "unknown service %s", quote(n.name))
 	return nil, false
 }
+
+// ServiceName gives the name of our own table for a port, the first that stands
+// there, or "".
+func ServiceName(p Protocol, port uint16) string {
+	for line := range strings.Lines(serviceTable) {
+		line, _, _ = strings.Cut(line, "#")
+		if f := strings.Fields(line); len(f) > 1 && f[1] == fmt.Sprintf("%d/%s", port, p) {
+			return f[0]
+		}
+	}
+	return ""
+}
+
+// ServicePorts gives the ports of a name of our own table, nil if it has none.
+func ServicePorts(name string) []ProtoPorts { return builtinServices()[name] }
