@@ -1,86 +1,92 @@
 package main
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
-
-	"github.com/prometheus/client_golang/prometheus"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 
 	"deadlight/firewall"
 )
 
-// metrics writes a file for the textfile collector of node_exporter.
+// metrics writes a file for the textfile collector of node_exporter. The format
+// is small enough to be written here: the client library of Prometheus would be
+// 3 MB of this program, for its HTTP server and its protobuf.
 type metrics struct {
-	file     string
-	registry *prometheus.Registry
-	stats    firewall.Stats
-	counters map[string]firewall.Counter
-	packets  *prometheus.Desc
-	values   []metric
+	file string
 }
+
+func newMetrics(file string) *metrics { return &metrics{file} }
 
 // metric is one that has no labels.
 type metric struct {
-	desc  *prometheus.Desc
-	typ   prometheus.ValueType
-	value func(firewall.Stats) float64
+	kind, name, help string
+	value            float64
 }
 
-func newMetrics(file string) *metrics {
-	m := &metrics{
-		file: file, registry: prometheus.NewRegistry(),
-		packets: prometheus.NewDesc("deadlight_packets_total", "Packets counted by a named counter of the table.", []string{"counter"}, nil),
+func statMetrics(s firewall.Stats) []metric {
+	var drift, checked float64
+	if s.Drift {
+		drift = 1
 	}
-	add := func(typ prometheus.ValueType, name, help string, value func(firewall.Stats) float64) {
-		m.values = append(m.values, metric{prometheus.NewDesc("deadlight_"+name, help, nil, nil), typ, value})
+	if !s.LastCheck.IsZero() {
+		checked = float64(s.LastCheck.UnixMilli()) / 1000
 	}
-	add(prometheus.GaugeValue, "drift", "Whether the kernel holds something else than was applied.", func(s firewall.Stats) float64 {
-		if s.Drift {
-			return 1
-		}
-		return 0
-	})
-	add(prometheus.CounterValue, "heals_total", "Times that what was applied was put back.",
-		func(s firewall.Stats) float64 { return float64(s.Heals) })
-	add(prometheus.CounterValue, "events_total", "Transactions of the ruleset that were heard of, of every program and table.",
-		func(s firewall.Stats) float64 { return float64(s.Transactions) })
-	add(prometheus.CounterValue, "events_lost_total", "Times that the kernel dropped news of the ruleset.",
-		func(s firewall.Stats) float64 { return float64(s.Lost) })
-	add(prometheus.GaugeValue, "last_check_timestamp_seconds", "When the kernel was last held against what was applied; 0: not yet.",
-		func(s firewall.Stats) float64 {
-			if s.LastCheck.IsZero() {
-				return 0
-			}
-			return float64(s.LastCheck.UnixMilli()) / 1000
-		})
-	add(prometheus.GaugeValue, "generation", "The generation of the ruleset at the last check.",
-		func(s firewall.Stats) float64 { return float64(s.Generation) })
-	m.registry.MustRegister(m)
-	return m
-}
-
-// Describe implements [prometheus.Collector].
-func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	ch <- m.packets
-	for _, v := range m.values {
-		ch <- v.desc
-	}
-}
-
-// Collect implements [prometheus.Collector].
-func (m *metrics) Collect(ch chan<- prometheus.Metric) {
-	for _, v := range m.values {
-		ch <- prometheus.MustNewConstMetric(v.desc, v.typ, v.value(m.stats))
-	}
-	for name, c := range m.counters {
-		ch <- prometheus.MustNewConstMetric(m.packets, prometheus.CounterValue, float64(c.Packets), oneLine(name))
+	return []metric{
+		{"gauge", "drift", "Whether the kernel holds something else than was applied.", drift},
+		{"counter", "heals_total", "Times that what was applied was put back.", float64(s.Heals)},
+		{"counter", "events_total", "Transactions of the ruleset that were heard of, of every program and table.", float64(s.Transactions)},
+		{"counter", "events_lost_total", "Times that the kernel dropped news of the ruleset.", float64(s.Lost)},
+		{"gauge", "last_check_timestamp_seconds", "When the kernel was last held against what was applied; 0: not yet.", checked},
+		{"gauge", "generation", "The generation of the ruleset at the last check.", float64(s.Generation)},
 	}
 }
 
 // write replaces the file: a reader finds the old one or the new one.
 func (m *metrics) write(s firewall.Stats, counters map[string]firewall.Counter) error {
-	m.stats, m.counters = s, counters
-	if err := prometheus.WriteToTextfile(m.file, m.registry); err != nil {
+	var b bytes.Buffer
+	head := func(kind, name, help string) {
+		printf(&b, "# HELP deadlight_%s %s\n# TYPE deadlight_%s %s\n", name, help, name, kind)
+	}
+	for _, v := range statMetrics(s) {
+		head(v.kind, v.name, v.help)
+		printf(&b, "deadlight_%s %s\n", v.name, strconv.FormatFloat(v.value, 'g', -1, 64))
+	}
+	if len(counters) > 0 {
+		head("counter", "packets_total", "Packets counted by a named counter of the table.")
+	}
+	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`)
+	for _, name := range slices.Sorted(maps.Keys(counters)) {
+		printf(&b, "deadlight_packets_total{counter=\"%s\"} %d\n", escape.Replace(oneLine(name)), counters[name].Packets)
+	}
+	if err := replaceFile(m.file, &b); err != nil {
 		return fmt.Errorf("write %s: %w", m.file, err)
 	}
 	return nil
+}
+
+// replaceFile makes a file that all may read whole, or not at all.
+func replaceFile(name string, from io.Reader) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(name), filepath.Base(name))
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, from)
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), name)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name()) // the first error is the one to tell
+	}
+	return err
 }
