@@ -175,6 +175,8 @@ func TestTreeProblems(t *testing.T) {
 		"key":                     {"rules/a.go", `type key[T any] struct{}; var k = key[int]{}`, ""},
 		"schemas joined":          {"rules/a.go", `import "slices"; type schema[T any] []T; var aSchema = schema[int]{}; var b = slices.Concat(aSchema, schema[int]{})`, ""},
 		"something joined":        {"rules/a.go", `import "slices"; var b = slices.Concat([]int{1})`, "package variable b"},
+		"from the linker":         {"cmd/deadlight/a.go", "//deadlight:linker\nvar s string", ""},
+		"from nobody":             {"cmd/deadlight/a.go", "var s string", "package variable s"},
 		"embedded text":           {"rules/a.go", "import _ \"embed\"\n//go:embed a.txt\nvar s string", ""},
 		"text":                    {"rules/a.go", `var s string`, "package variable s"},
 		"struct":                  {"rules/a.go", `type x struct{}; var s = x{}`, "package variable s"},
@@ -393,7 +395,7 @@ func stateProblems(fset *token.FileSet, files map[string]*ast.File) []string {
 // constant, as long as nobody writes it.
 func isConstant(d *ast.GenDecl, s *ast.ValueSpec, i int) bool {
 	if len(s.Values) == 0 {
-		return isSelector(s.Type, "embed.FS") || isEmbedded(d) // only the compiler fills it
+		return isSelector(s.Type, "embed.FS") || isDirected(d, "go:embed ") || isDirected(d, "deadlight:linker") // only the compiler or the linker fills it
 	}
 	if len(s.Values) != len(s.Names) {
 		return false
@@ -431,9 +433,9 @@ func isKeys(e ast.Expr) bool {
 	return false
 }
 
-// isEmbedded reports whether a declaration is filled by go:embed.
-func isEmbedded(d *ast.GenDecl) bool {
-	return d.Doc != nil && slices.ContainsFunc(d.Doc.List, func(c *ast.Comment) bool { return strings.HasPrefix(c.Text, "//go:embed ") })
+// isDirected reports whether a comment for a tool stands above a declaration.
+func isDirected(d *ast.GenDecl, directive string) bool {
+	return d.Doc != nil && slices.ContainsFunc(d.Doc.List, func(c *ast.Comment) bool { return strings.HasPrefix(c.Text, "//"+directive) })
 }
 
 func isSelector(e ast.Expr, want string) bool {
