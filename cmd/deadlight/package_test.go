@@ -340,6 +340,10 @@ func TestPackage(t *testing.T) {
 	m.output("cp", one["deadlight_1.0.0_"+runtime.GOARCH+".deb"], m.disk("opt/one.deb"))
 	m.output("cp", two["deadlight_1.0.1_"+runtime.GOARCH+".deb"], m.disk("opt/two.deb"))
 
+	t.Run("rpm", func(t *testing.T) {
+		m.T = t
+		m.livesAsRPM(one["deadlight-1.0.0-1."+rpmArch()+".rpm"], two["deadlight-1.0.1-1."+rpmArch()+".rpm"])
+	})
 	t.Run("installed and enabled", func(t *testing.T) {
 		m.T = t
 		r := m.boot(firstDay, "", false)
@@ -395,6 +399,60 @@ func TestPackage(t *testing.T) {
 			t.Logf("console:\n%s\n%s\n%s\n%s", r.console, m.report("upgraded"), m.report("removed"), m.report("purged"))
 		}
 	})
+}
+
+// rpmArch is what rpm calls the architecture of this machine.
+func rpmArch() string {
+	if runtime.GOARCH == "arm64" {
+		return "aarch64"
+	}
+	return "x86_64"
+}
+
+// livesAsRPM installs, upgrades and erases on the disk of a host that is off.
+func (m *machine) livesAsRPM(one, two string) {
+	m.Helper()
+	rpm := func(args ...string) string {
+		m.Helper()
+		// Debian's rpm refuses without --force-debian, which others do not know.
+		cmd := exec.Command("rpm", append([]string{"--define", "_dbpath /var/lib/rpm", "--force-debian", "--root", m.path("root")}, args...)...)
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			m.Fatalf("rpm %q: %v\n%s", args, err, out)
+		}
+		return string(out)
+	}
+	units := func() string { return m.output("find", m.disk("etc/systemd"), "-name", "deadlight*") }
+	rpm("-i", one)
+	if got := units(); got != "" {
+		m.Errorf("the installation enables %s", got)
+	}
+	policy, err := os.ReadFile(m.disk(policyFile))
+	m.check(err)
+	m.write(policyFile, string(policy)+"# mine\n")
+	m.chroot("systemctl", "enable", "deadlight.service")
+	rpm("-U", two)
+	if got, err := os.ReadFile(m.disk(policyFile)); err != nil || string(got) != string(policy)+"# mine\n" {
+		m.Errorf("the upgrade changes the policy: %v\n%s", err, got)
+	}
+	if units() == "" {
+		m.Error("the upgrade disables the unit")
+	}
+	if got := m.output("chroot", m.path("root"), "deadlight", "version"); !strings.HasPrefix(got, "deadlight 1.0.1, ") {
+		m.Errorf("after the upgrade: %s", got)
+	}
+	said := rpm("-e", "deadlight")
+	if !strings.Contains(said, "the ruleset stays in force") || strings.Contains(said, "could not be stopped") {
+		m.Errorf("the removal says:\n%s", said)
+	}
+	if got := units(); got != "" {
+		m.Errorf("the removal leaves %s", got)
+	}
+	left := m.output("find", m.disk("etc"), m.disk("usr"), m.disk("var"), "-name", "*deadlight*", "-type", "f")
+	if _, err := os.Stat(m.disk(policyFile + ".rpmsave")); err != nil || left != "" {
+		m.Errorf("the removal leaves %q, and of the policy: %v", left, err)
+	}
+	m.remove("etc/deadlight")
 }
 
 // report is what the host wrote into a file of /report.
