@@ -258,3 +258,37 @@ func TestReadme(t *testing.T) {
 		}
 	}
 }
+
+// TestStarter: the policy that packages install shuts nobody out who comes by
+// SSH, opens nothing else, and does not pass over in silence that everyone may
+// come. Who has never changed it gets the next one by an upgrade: so it may never
+// open or close anything else than it does here.
+func TestStarter(t *testing.T) {
+	src, err := os.ReadFile("etc/policy.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, problems := rules.Parse("etc/policy.toml", src, here{})
+	if p == nil || len(problems) != 1 || problems[0].Severity != rules.Warning || problems[0].Summary != "open to the whole world: 22 (ssh)" {
+		t.Fatalf("problems: %v", problems)
+	}
+	for name, rs := range map[string]*rules.Ruleset{"policy": rules.Compile(p), "lock-down": rules.Compile(rules.LockDown(p))} {
+		for _, a := range [][2]string{{"9.9.9.9", "192.0.2.1"}, {"2001:db8:9::9", "2001:db8:1::1"}} {
+			for _, protocol := range []rules.Protocol{rules.TCP, rules.UDP} {
+				for port := 1; port <= 65535; port++ {
+					want := rules.OutcomeFiltered
+					if protocol == rules.TCP && port == 22 {
+						want = rules.OutcomeOpen
+					}
+					d := rs.Decide(rules.Packet{
+						In: "eth0", Src: netip.MustParseAddr(a[0]), Dst: netip.MustParseAddr(a[1]),
+						Protocol: protocol, SrcPort: 50000, DstPort: uint16(port),
+					})
+					if d.Outcome != want {
+						t.Fatalf("%s: %d of protocol %v from %s is %s, want %s", name, port, protocol, a[0], d.Outcome, want)
+					}
+				}
+			}
+		}
+	}
+}

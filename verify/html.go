@@ -99,12 +99,15 @@ func (r *Report) htmlSince(p *page) {
 	}
 	p.add("<table>\n<tr><th>Sweep</th><th>Was</th><th>Is</th><th>Ports</th></tr>\n")
 	for _, c := range r.Since.Changes {
-		p.add("<tr><td>%s</td><td class=\"%s\">%s</td><td class=\"%s\">%s</td><td>%s</td></tr>\n", sweepNames[c.Sweep], c.Was, c.Was, c.Is, c.Is, shorten(c.Ports, 200))
+		p.add("<tr><td>%s</td><td class=\"%s\">%s</td><td class=\"%s\">%s</td><td>%s</td></tr>\n", sweepName(c.Sweep), c.Was, c.Was, c.Is, c.Is, shorten(c.Ports, 200))
 	}
 	p.add("</table>\n")
 }
 
-var sweepNames = map[string]string{"tcp4": "TCP over IPv4", "tcp6": "TCP over IPv6", "udp4": "UDP over IPv4", "udp6": "UDP over IPv6"}
+// sweepName is a key of [Report.States] in words; "" of no key.
+func sweepName(key string) string {
+	return map[string]string{"tcp4": "TCP over IPv4", "tcp6": "TCP over IPv6", "udp4": "UDP over IPv4", "udp6": "UDP over IPv6"}[key]
+}
 
 func (r *Report) htmlMaps(p *page) {
 	p.add("<h2>Ports</h2>\n<p class=\"legend\">")
@@ -117,7 +120,7 @@ func (r *Report) htmlMaps(p *page) {
 		if !ok {
 			continue
 		}
-		p.add("<figure><svg viewBox=\"0 0 256 256\" role=\"img\" aria-label=\"%s\" shape-rendering=\"crispEdges\">\n", sweepNames[key])
+		p.add("<figure><svg viewBox=\"0 0 256 256\" role=\"img\" aria-label=\"%s\" shape-rendering=\"crispEdges\">\n", sweepName(key))
 		p.add("<rect class=\"none\" width=\"256\" height=\"256\"/>\n")
 		for s := Unknown; s <= Filtered; s++ {
 			if path := mapPath(states.of(s)); path != "" {
@@ -130,7 +133,7 @@ func (r *Report) htmlMaps(p *page) {
 					int(o.Port&255)-2, int(o.Port>>8)-2, o.Port, o.Protocol, o.Rule)
 			}
 		}
-		p.add("</svg><figcaption>%s</figcaption>\n<table>\n", sweepNames[key])
+		p.add("</svg><figcaption>%s</figcaption>\n<table>\n", sweepName(key))
 		for _, s := range []State{Open, Closed, Rejected, Filtered, Unknown} {
 			if ports := states.of(s); ports != "" {
 				p.add("<tr><td class=\"%s\">%s</td><td class=\"ports\">%s</td></tr>\n", s, s, shorten(ports, 400))

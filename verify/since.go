@@ -43,7 +43,7 @@ func ReadReport(src io.Reader) (*Report, error) {
 		return nil, fmt.Errorf("%w: its schema is %d, and 1 is known", ErrNotReport, r.Schema)
 	}
 	for key, s := range r.States {
-		if !slices.Contains(sweepKeys[:], key) {
+		if sweepName(key) == "" {
 			return nil, fmt.Errorf("%w: states of %q", ErrNotReport, key)
 		}
 		if _, err := s.byPort(); err != nil {
@@ -59,12 +59,13 @@ func (s *State) UnmarshalJSON(b []byte) error {
 	if err := json.Unmarshal(b, &word); err != nil {
 		return err
 	}
-	i := slices.Index(stateNames[:], word)
-	if i < 0 {
-		return fmt.Errorf("no state of a port: %q", word)
+	for i, name := range stateNames {
+		if name == word {
+			*s = State(i)
+			return nil
+		}
 	}
-	*s = State(i)
-	return nil
+	return fmt.Errorf("no state of a port: %q", word)
 }
 
 // UnmarshalJSON reads the lower-case word.

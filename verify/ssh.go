@@ -101,8 +101,16 @@ if [ "$(id -u)" != 0 ] && sudo -n true 2>/dev/null; then as='sudo -n'; fi
 $as "$d/deadlight" %s
 `
 
-// machines are the words of uname -m by Go's.
-var machines = map[string]string{"amd64": "x86_64", "arm64": "aarch64", "386": "i686", "arm": "armv7l", "riscv64": "riscv64", "ppc64le": "ppc64le", "s390x": "s390x"}
+// unameMachine is what uname -m says of machines that run this program.
+func unameMachine() string {
+	switch runtime.GOARCH {
+	case "amd64":
+		return "x86_64"
+	case "arm64":
+		return "aarch64"
+	}
+	return runtime.GOARCH
+}
 
 // Run sends program, a file, to the vantage and runs it there with words, which
 // must be plain, and a request on its standard input, which stays open until the
@@ -118,11 +126,7 @@ func (v SSHVantage) Run(ctx context.Context, program string, words []string, req
 	if err != nil {
 		return 0, err
 	}
-	machine, known := machines[runtime.GOARCH]
-	if !known {
-		machine = runtime.GOARCH
-	}
-	script := fmt.Sprintf(farScript, "Linux "+machine, info.Size(), strings.Join(words, " "))
+	script := fmt.Sprintf(farScript, "Linux "+unameMachine(), info.Size(), strings.Join(words, " "))
 	args := []string{"-T", "-e", "none", "-o", "ConnectTimeout=30"}
 	if v.Config != "" {
 		args = append(args, "-F", v.Config)
@@ -167,7 +171,7 @@ func (v SSHVantage) Run(ctx context.Context, program string, words []string, req
 	case 255:
 		return 0, fmt.Errorf("%w: ssh to %s failed: %s", ErrVantage, v, said.last())
 	case exitArchitecture:
-		return 0, fmt.Errorf("%w: %s is %s, and this program is for Linux %s", ErrVantage, v, said.last(), machine)
+		return 0, fmt.Errorf("%w: %s is %s, and this program is for Linux %s", ErrVantage, v, said.last(), unameMachine())
 	case exitNoRoom:
 		return 0, fmt.Errorf("%w: %s has no directory from which a program can be run: %s", ErrVantage, v, said.last())
 	case -1:

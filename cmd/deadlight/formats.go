@@ -7,15 +7,13 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/common/expfmt"
 	"github.com/spf13/cobra"
 
 	"deadlight/verify"
 )
 
 // formats are the ways in which a report can be printed.
-var formats = []string{"text", "json", "junit", "prometheus", "html"}
+func formats() []string { return []string{"text", "json", "junit", "prometheus", "html"} }
 
 // reportFlags say how a report is printed, and what it is held against.
 type reportFlags struct {
@@ -28,7 +26,7 @@ type reportFlags struct {
 
 func (f *reportFlags) add(c *cobra.Command) {
 	c.Flags().BoolVar(&f.json, "json", false, "print one JSON object (the same as --format json)")
-	c.Flags().StringVar(&f.format, "format", "text", "how to print the report: "+strings.Join(formats, ", "))
+	c.Flags().StringVar(&f.format, "format", "text", "how to print the report: "+strings.Join(formats(), ", "))
 	c.Flags().StringVar(&f.since, "since", "", "also tell what changed since an older report, a file of --json")
 }
 
@@ -40,8 +38,8 @@ func (f *reportFlags) read() error {
 		}
 		f.format = "json"
 	}
-	if !slices.Contains(formats, f.format) {
-		return usageError("it takes "+strings.Join(formats, ", "), "no format is called %s", strconv.Quote(f.format))
+	if !slices.Contains(formats(), f.format) {
+		return usageError("it takes "+strings.Join(formats(), ", "), "no format is called %s", strconv.Quote(f.format))
 	}
 	if f.since == "" {
 		return nil
@@ -73,7 +71,7 @@ func (f *reportFlags) print(e env, r *verify.Report) error {
 	case "html":
 		err = r.WriteHTML(e.stdout, time.Now())
 	case "prometheus":
-		err = writeVerification(e, r, time.Now())
+		err = writeFamilies(e.stdout, verification(r, time.Now()))
 	default:
 		err = r.WriteText(e.stdout)
 	}
@@ -94,50 +92,31 @@ func verdictCode(r *verify.Report) error {
 	return nil
 }
 
-// writeVerification writes a report as metrics.
-func writeVerification(e env, r *verify.Report, at time.Time) error {
-	families, err := verification(r, at).Gather()
-	if err != nil {
-		return err
-	}
-	for _, m := range families {
-		if _, err := expfmt.MetricFamilyToText(e.stdout, m); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// verification is a report as metrics, for the textfile collector of
-// node_exporter or a push.
-func verification(r *verify.Report, at time.Time) *prometheus.Registry {
-	registry := prometheus.NewRegistry()
-	gauge := func(name, help string, labels ...string) func(value float64, labels ...string) {
-		v := prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "deadlight", Subsystem: "verify", Name: name, Help: help}, append([]string{"target"}, labels...))
-		registry.MustRegister(v)
-		return func(value float64, labels ...string) {
-			v.WithLabelValues(append([]string{oneLine(r.Target)}, labels...)...).Set(value)
-		}
-	}
-	verdict := gauge("verdict", "1 for the verdict of the last verification, 0 for the others.", "verdict")
+// verification is a report as metrics, for the textfile collector of node_exporter
+// or a push.
+func verification(r *verify.Report, at time.Time) []metricFamily {
+	target := []string{"target", r.Target}
+	verdicts := metricFamily{kind: "gauge", name: "verify_verdict", help: "1 for the verdict of the last verification, 0 for the others."}
 	for v := verify.Pass; v <= verify.Fail; v++ {
 		is := 0.0
 		if v == r.Verdict {
 			is = 1
 		}
-		verdict(is, v.String())
+		verdicts.samples = append(verdicts.samples, sample{is, append(target[:2:2], "verdict", v.String())})
 	}
-	gauge("findings", "Ports that are not as the policy says, or of which nothing can be said.")(float64(len(r.Findings)))
-	gauge("missed_answer_probability", "Upper bound of the probability that a TCP answer was missed.")(r.Bound)
-	gauge("duration_seconds", "How long the probing took.")(r.Seconds)
-	gauge("probes", "Packets sent.")(float64(r.Probes))
-	gauge("timestamp_seconds", "When the verification ended.")(float64(at.UnixMilli()) / 1000)
-	ports := gauge("ports", "Ports of the sweeps by their state.", "state")
+	ports := metricFamily{kind: "gauge", name: "verify_ports", help: "Ports of the sweeps by their state."}
 	for _, c := range []struct {
 		state verify.State
 		n     int
 	}{{verify.Open, r.Counts.Open}, {verify.Closed, r.Counts.Closed}, {verify.Rejected, r.Counts.Rejected}, {verify.Filtered, r.Counts.Filtered}, {verify.Unknown, r.Counts.Unknown}} {
-		ports(float64(c.n), c.state.String())
+		ports.samples = append(ports.samples, sample{float64(c.n), append(target[:2:2], "state", c.state.String())})
 	}
-	return registry
+	return []metricFamily{
+		verdicts, ports,
+		single("gauge", "verify_findings", "Ports that are not as the policy says, or of which nothing can be said.", float64(len(r.Findings)), target...),
+		single("gauge", "verify_missed_answer_probability", "Upper bound of the probability that a TCP answer was missed.", r.Bound, target...),
+		single("gauge", "verify_duration_seconds", "How long the probing took.", r.Seconds, target...),
+		single("gauge", "verify_probes", "Packets sent.", float64(r.Probes), target...),
+		single("gauge", "verify_timestamp_seconds", "When the verification ended.", float64(at.UnixMilli())/1000, target...),
+	}
 }

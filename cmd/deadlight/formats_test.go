@@ -16,7 +16,7 @@ import (
 func TestVerificationMetrics(t *testing.T) {
 	var b bytes.Buffer
 	r := &verify.Report{Verdict: verify.Inconclusive, Target: "a \"host\"\n", Bound: 1e-7, Seconds: 2, Probes: 3, Counts: verify.Counts{Closed: 4}, Findings: make([]verify.Finding, 5)}
-	if err := writeVerification(env{stdout: &b}, r, time.UnixMilli(1500)); err != nil {
+	if err := writeFamilies(&b, verification(r, time.UnixMilli(1500))); err != nil {
 		t.Fatal(err)
 	}
 	parser := expfmt.NewTextParser(model.UTF8Validation)

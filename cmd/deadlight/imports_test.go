@@ -56,8 +56,8 @@ func importBans() []importBan {
 		reason:  "one package writes the host's rules; the tripwire and the diversion of answers have tables of their own",
 	}, {
 		imports: []string{"os/exec"},
-		except:  []string{"verify/isolate.go", "verify/world.go", "cmd/deadlight/cleaner.go"},
-		reason:  "no program is started but ourselves in a throw-away world, the command of a try there, and what clears up behind a trial: ourselves, by systemd-run if need be",
+		except:  []string{"verify/isolate.go", "verify/world.go", "verify/ssh.go", "cmd/deadlight/cleaner.go"},
+		reason:  "no program is started but ourselves in a throw-away world, the command of a try there, the ssh that takes us to a vantage, and what clears up behind a trial: ourselves, by systemd-run if need be",
 	}, {
 		imports: []string{"net", "net/http", "net/rpc", "net/textproto", "net/mail", "net/smtp", "os", "syscall", "math/rand",
 			"crypto/rand", "golang.org/x/sys", "golang.org/x/net", "github.com/vishvananda", "github.com/mdlayher"},
@@ -177,6 +177,8 @@ func TestTreeProblems(t *testing.T) {
 		"key":                     {"rules/a.go", `type key[T any] struct{}; var k = key[int]{}`, ""},
 		"schemas joined":          {"rules/a.go", `import "slices"; type schema[T any] []T; var aSchema = schema[int]{}; var b = slices.Concat(aSchema, schema[int]{})`, ""},
 		"something joined":        {"rules/a.go", `import "slices"; var b = slices.Concat([]int{1})`, "package variable b"},
+		"from the linker":         {"cmd/deadlight/a.go", "//deadlight:linker\nvar s string", ""},
+		"from nobody":             {"cmd/deadlight/a.go", "var s string", "package variable s"},
 		"embedded text":           {"rules/a.go", "import _ \"embed\"\n//go:embed a.txt\nvar s string", ""},
 		"text":                    {"rules/a.go", `var s string`, "package variable s"},
 		"struct":                  {"rules/a.go", `type x struct{}; var s = x{}`, "package variable s"},
@@ -395,7 +397,7 @@ func stateProblems(fset *token.FileSet, files map[string]*ast.File) []string {
 // constant, as long as nobody writes it.
 func isConstant(d *ast.GenDecl, s *ast.ValueSpec, i int) bool {
 	if len(s.Values) == 0 {
-		return isSelector(s.Type, "embed.FS") || isEmbedded(d) // only the compiler fills it
+		return isSelector(s.Type, "embed.FS") || isDirected(d, "go:embed ") || isDirected(d, "deadlight:linker") // only the compiler or the linker fills it
 	}
 	if len(s.Values) != len(s.Names) {
 		return false
@@ -433,9 +435,9 @@ func isKeys(e ast.Expr) bool {
 	return false
 }
 
-// isEmbedded reports whether a declaration is filled by go:embed.
-func isEmbedded(d *ast.GenDecl) bool {
-	return d.Doc != nil && slices.ContainsFunc(d.Doc.List, func(c *ast.Comment) bool { return strings.HasPrefix(c.Text, "//go:embed ") })
+// isDirected reports whether a comment for a tool stands above a declaration.
+func isDirected(d *ast.GenDecl, directive string) bool {
+	return d.Doc != nil && slices.ContainsFunc(d.Doc.List, func(c *ast.Comment) bool { return strings.HasPrefix(c.Text, "//"+directive) })
 }
 
 func isSelector(e ast.Expr, want string) bool {

@@ -119,13 +119,12 @@ func (h *host) newRecord(file string, rs *rules.Ruleset, from *sources) (*firewa
 	for _, i := range beside {
 		ids = append(ids, i.ID())
 	}
-	by, _ := build()
 	path, err := filepath.Abs(file)
 	if err != nil {
 		return nil, fmt.Errorf("name the policy: %w", err)
 	}
 	return &firewall.Record{
-		Applied: now.UTC().Truncate(time.Second), By: by, Policy: path,
+		Applied: now.UTC().Truncate(time.Second), By: build().version, Policy: path,
 		Sources: from.list(), Globs: from.globs, Beside: ids, Namespace: h.here, Snapshot: table,
 	}, nil
 }

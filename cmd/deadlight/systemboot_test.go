@@ -57,6 +57,9 @@ func TestBoot(t *testing.T) {
 		t.Skip("-short")
 	}
 	m := newMachine(t)
+	m.install()
+	m.services()
+	m.keepState()
 	const loaded = `^Applied generation \d+: 1 difference in one transaction, read back identical$`
 	const good = `: last known good of \d{4}-\d\d-\d\d \d\d:\d\d:\d\d is in force$`
 	const inLockDown = `: the lock-down is in force: only 22/tcp gets in, as \[failsafe\] of `
@@ -236,7 +239,7 @@ deadlight drift || touch /report/drift`,
 				if err != nil || !bytes.Contains(report, []byte("\nPASS: ")) || !bytes.Contains(report, []byte(`"verdict": "fail"`)) {
 					t.Errorf("deadlight-verify.service says %v\n%s", err, report)
 				}
-				for name, want := range map[string]string{"status.json": `"verdict": "pass"`, "prom": "deadlight_verify_verdict{verdict=\"pass\"} 1\n"} {
+				for name, want := range map[string]string{"status.json": `"verdict": "pass"`, "prom": ",verdict=\"pass\"} 1\n"} {
 					if b, err := os.ReadFile(m.path("report/" + name)); err != nil || !bytes.Contains(b, []byte(want)) {
 						t.Errorf("%s: %v\n%s", name, err, b)
 					}
@@ -293,8 +296,6 @@ func newMachine(t *testing.T) *machine {
 		}
 		removeCgroup(t, m.cgroup)
 	})
-	m.install()
-	m.keepState()
 	return m
 }
 
@@ -423,21 +424,31 @@ func (m *machine) restore() {
 	m.check(os.Mkdir(m.path("report"), 0o755))
 }
 
-// install puts the product, the services and the network onto the disk.
+// compile builds a program of ours onto the disk.
+func (m *machine) compile(name, from string) {
+	m.Helper()
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", m.disk(name), from)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		m.Fatalf("%v\n%s", err, out)
+	}
+}
+
+// install puts the product onto the disk, without a package.
 func (m *machine) install() {
 	m.Helper()
-	for name, from := range map[string]string{"usr/sbin/deadlight": ".", "usr/local/sbin/listen": "./testdata/listen"} {
-		cmd := exec.Command("go", "build", "-buildvcs=false", "-o", m.disk(name), from)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			m.Fatalf("%v\n%s", err, out)
-		}
-	}
+	m.compile("usr/sbin/deadlight", ".")
 	for _, name := range systemd.Names() {
 		unit, err := systemd.Read(name)
 		m.check(err)
 		m.write("etc/systemd/system/"+name, string(unit))
 	}
+}
+
+// services puts what listens, the network and the script of a boot onto the disk.
+func (m *machine) services() {
+	m.Helper()
+	m.compile("usr/local/sbin/listen", "./testdata/listen")
 	// As early as a service can be.
 	m.write("etc/systemd/system/listen.service", `[Unit]
 DefaultDependencies=no
@@ -511,6 +522,7 @@ func (m *machine) wire() {
 // bootReport is what one boot showed.
 type bootReport struct {
 	probes  []*bootProbe
+	asks    [][]int64 // answers to each of the probes while the host waited
 	unit    string
 	says    []string // of deadlight.service, a line each
 	console string
@@ -558,13 +570,13 @@ systemctl poweroff
 	m.wire()
 	probes, stop := startProbes()
 	defer stop()
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	var asks sync.WaitGroup
-	asks.Add(1)
+	var asks [][]int64
+	answering := make(chan struct{})
 	go func() {
-		defer asks.Done()
-		m.answerAsks(ctx, probes)
+		defer close(answering)
+		asks = m.answerAsks(ctx, probes)
 	}()
 	cmd := exec.CommandContext(ctx, "unshare", append([]string{"--mount", "--propagation", "private", "sh", "-ec", `
 umount -R /sys/fs/cgroup 2>/dev/null || true
@@ -577,7 +589,7 @@ exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
 	cmd.WaitDelay = 5 * time.Second
 	err := cmd.Run()
 	cancel()
-	asks.Wait()
+	<-answering
 	last := probes[0].sent.Load() + 20 // the power is off
 	for probes[0].sent.Load() < last {
 		time.Sleep(time.Millisecond)
@@ -586,7 +598,7 @@ exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
 	if err != nil {
 		m.Fatalf("boot: %v\n%s", err, console.Bytes())
 	}
-	r := &bootReport{probes: probes, console: console.String()}
+	r := &bootReport{probes: probes, asks: asks, console: console.String()}
 	unit, err := os.ReadFile(m.path("report/unit"))
 	m.check(err)
 	r.unit = strings.TrimSpace(string(unit))
@@ -599,13 +611,13 @@ exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
 }
 
 // answerAsks lets the host go on once every port was probed often enough since
-// it asked, and some port answered.
-func (m *machine) answerAsks(ctx context.Context, probes []*bootProbe) {
+// it asked, and some port answered. It gives the answers to each ask.
+func (m *machine) answerAsks(ctx context.Context, probes []*bootProbe) (asks [][]int64) {
 	const enough = 50
 	for n := 1; ; n++ {
 		for !m.has(fmt.Sprintf("report/ask-%d", n)) {
 			if !pause(ctx) {
-				return
+				return asks
 			}
 		}
 		var sent, answers []int64
@@ -624,12 +636,17 @@ func (m *machine) answerAsks(ctx context.Context, probes []*bootProbe) {
 		}
 		for !asked() {
 			if !pause(ctx) {
-				return
+				return asks
 			}
 		}
+		during := make([]int64, len(probes))
+		for i, p := range probes {
+			during[i] = p.answers.Load() - answers[i]
+		}
+		asks = append(asks, during)
 		if err := os.WriteFile(m.path(fmt.Sprintf("report/done-%d", n)), nil, 0o644); err != nil {
 			m.Error(err)
-			return
+			return asks
 		}
 	}
 }

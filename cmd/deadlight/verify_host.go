@@ -9,8 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"deadlight/firewall"
 	"deadlight/rules"
 	"deadlight/verify"
@@ -56,7 +54,7 @@ func verifyHere(ctx context.Context, e env, file string, f verifyFlags) error {
 	noteVerdict(e, f.state, newVerified(report, file, f.Ports, from))
 	printed := f.print(e, file, report)
 	if f.textfile != "" {
-		if err := writeVerdict(f.textfile, report, time.Now()); err != nil {
+		if err := writeMetrics(f.textfile, verification(report, time.Now())); err != nil {
 			return errors.Join(printed, refused(err, ""))
 		}
 	}
@@ -124,12 +122,4 @@ func noteVerdict(e env, dir string, v firewall.Verified) {
 	if err != nil {
 		printf(e.stderr, "deadlight: warning: the verdict is not kept: %s\n", printable(err.Error()))
 	}
-}
-
-// writeVerdict replaces a file for the textfile collector of node_exporter.
-func writeVerdict(file string, r *verify.Report, at time.Time) error {
-	if err := prometheus.WriteToTextfile(file, verification(r, at)); err != nil {
-		return fmt.Errorf("write %s: %w", file, err)
-	}
-	return nil
 }
