@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"deadlight/configs"
 	"deadlight/rules"
 )
 
@@ -26,6 +27,10 @@ func addCompletions(root *cobra.Command) {
 			c.ValidArgsFunction = onePolicy
 		case strings.HasPrefix(args, "PORT"):
 			c.ValidArgsFunction = onePort
+		case strings.HasPrefix(args, "FILE"):
+			c.ValidArgsFunction = anyFile
+		case strings.HasPrefix(args, "[EXAMPLE"):
+			c.ValidArgsFunction = cobra.FixedCompletions(configs.Names(), cobra.ShellCompDirectiveNoFileComp)
 		default:
 			c.ValidArgsFunction = cobra.NoFileCompletions
 		}
@@ -59,12 +64,21 @@ func flagValues(f *pflag.Flag) cobra.CompletionFunc {
 	case "ports":
 		return cobra.FixedCompletions([]cobra.Completion{"all", "tcp", "udp"}, cobra.ShellCompDirectiveNoFileComp)
 	}
-	if word == "FILE" {
-		return func(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
-			return nil, cobra.ShellCompDirectiveDefault
-		}
+	words := map[string][]cobra.Completion{
+		"format": formats(), "proof": {"host", "packets"}, "thorough": {"0", "1", "2"}, "vantage": {"netns", "ssh://"},
+		"family": {"ipv4", "ipv6"}, "from": {"ufw", "firewalld", "iptables", "nft"},
+	}
+	if list, ok := words[f.Name]; ok && (f.Name != "from" || strings.Contains(f.Usage, "ufw")) {
+		return cobra.FixedCompletions(list, cobra.ShellCompDirectiveNoFileComp)
+	}
+	if word == "FILE" || f.Name == "since" || f.Name == "ssh-config" {
+		return anyFile
 	}
 	return cobra.NoFileCompletions
+}
+
+func anyFile(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	return nil, cobra.ShellCompDirectiveDefault
 }
 
 func tomlFile(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {

@@ -42,6 +42,7 @@ func jsonObjects() map[string]any {
 		"status":  statusJSON{},
 		"drift":   driftJSON{},
 		"verify":  verify.Report{},
+		"audit":   auditJSON{},
 	}
 }
 
@@ -53,6 +54,8 @@ func jsonWords() map[string][]string {
 	}
 	families := []string{rules.IPv4.String(), rules.IPv6.String(), rules.Both.String()}
 	return map[string][]string{
+		"findingJSON.kind":          {"unlisted", "stopped"},
+		"socketJSON.verdict":        {auditExposed, auditWide, auditFiltered, auditLoopback, auditUnreachable, auditUnlisted, auditStopped, auditUnheard, auditUnknown},
 		"changeJSON.action":         {"add", "remove", "change"},
 		"changeJSON.kind":           {"table", "chain", "rule", "set", "element", "object", "flowtable"},
 		"explanation.verdict":       {rules.OutcomeOpen.String(), rules.OutcomeFiltered.String(), rules.OutcomeRejected.String()},
