@@ -71,6 +71,8 @@ type LookConfig struct {
 	// Thorough scales the adversarial probes: 0 for none, 1 for all that are quick,
 	// 2 for the slow ones too.
 	Thorough int
+	// Connect probes by connect(2), without any privilege: see [ConnectNotes].
+	Connect bool
 }
 
 // Look probes a host from this machine, which is the outside, and judges what
@@ -93,7 +95,11 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 		views, paths = append(views, v), append(paths, v.Path)
 		names, sources = append(names, dst.String()), append(sources, fmt.Sprintf("%s (%s)", src, link.Name))
 	}
-	res, err := Sweep(ctx, Config{Paths: paths, MaxRate: cfg.MaxRate, Progress: cfg.Progress})
+	probe := Sweep
+	if cfg.Connect {
+		probe, cfg.Thorough = Connect, 0
+	}
+	res, err := probe(ctx, Config{Paths: paths, MaxRate: cfg.MaxRate, Progress: cfg.Progress})
 	if err != nil {
 		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
 	}
@@ -109,6 +115,9 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	}
 	if note := oddNote(cfg.Thorough); note != "" {
 		r.Notes = append(r.Notes, note)
+	}
+	if cfg.Connect {
+		r.Notes = append(r.Notes, ConnectNotes()...)
 	}
 	for i := range paths {
 		if len(paths[i].Canaries) == 0 {

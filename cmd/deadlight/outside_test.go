@@ -168,6 +168,28 @@ func TestVerifyTarget(t *testing.T) {
 	}
 }
 
+// Without the right to send raw packets connect(2) looks, and says what it cannot tell.
+func TestVerifyConnect(t *testing.T) {
+	l := newLab(t, labPolicy)
+	r := runJSON(t, exitOK, "verify", l.policy, "--connect", "--target", l.host4.String(), "--target", l.host6.String(), "--ports", "1-1000/tcp,50-60/udp", "--json")
+	for k, open := range map[string]string{"tcp4": "80,443", "tcp6": "25,80,443", "udp4": "53", "udp6": "53"} {
+		if r.States[k].Open != open || r.States[k].Closed != "" || r.States[k].Unknown != "" {
+			t.Errorf("%s: %+v, want open %s", k, r.States[k], open)
+		}
+	}
+	if notes := strings.Join(r.Notes, "\n"); !strings.Contains(notes, "probed by connect(2), without raw sockets") {
+		t.Errorf("notes %q", r.Notes)
+	}
+	hole := []string{"sh", "-c", "for c in gate backstop_in; do nft insert rule inet deadlight $c tcp dport 999 accept; done"}
+	if err := l.Command(t.Context(), hole, os.Stderr, os.Stderr); err != nil {
+		t.Fatal(err)
+	}
+	r = runJSON(t, exitFindings, "verify", l.policy, "--connect", "--target", l.host4.String(), "--ports", "1-1000/tcp", "--json")
+	if len(r.Findings) != 1 || r.Findings[0].Port != 999 || r.Findings[0].Observed != "closed" {
+		t.Errorf("findings %+v", r.Findings)
+	}
+}
+
 // A dead path proves nothing: every port is unknown, and the exit code says so.
 func TestVerifyDeadPath(t *testing.T) {
 	l := newLab(t, labPolicy)

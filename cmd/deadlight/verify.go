@@ -34,6 +34,7 @@ type lookFlags struct {
 	In       string   `json:"in"`
 	MaxRate  int      `json:"max_rate"`
 	Thorough int      `json:"thorough"` // -1: as the policy says
+	Connect  bool     `json:"connect"`
 }
 
 func newVerifyCommand(e env) *cobra.Command {
@@ -89,6 +90,9 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			if err := checkThorough(c, &f.Thorough); err != nil {
 				return err
 			}
+			if f.Connect && len(f.Targets) == 0 {
+				return usageError("deadlight verify --connect --target ADDR, on another machine", "--connect is of a --target: this host is probed with root's rights alone")
+			}
 			if len(f.Targets) > 0 {
 				return verifyTargets(c.Context(), e, policyArg(args), f)
 			}
@@ -100,6 +104,7 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration `FILE` for ssh, as of ssh -F")
 	c.Flags().StringVar(&f.proof, "proof", "host", "what proves this host: host (a tripwire on it) or packets (answers alone)")
 	addThorough(c, &f.Thorough)
+	c.Flags().BoolVar(&f.Connect, "connect", false, "probe a --target by connect(2), without root; the report says what that cannot tell")
 	c.Flags().StringVar(&f.textfile, "textfile", "", "write the verdict for node_exporter to this `FILE`.prom")
 	c.PersistentFlags().StringVar(&f.state, "state-dir", "", "where the verdict is kept (default as in deadlight status)")
 	c.Flags().StringVar(&f.Ports, "ports", "all", `what to probe: tcp, udp, all, 443/tcp, 1-1024/udp, comma-separated`)
@@ -153,7 +158,7 @@ func (f *verifyFlags) config(rs *rules.Ruleset) (look verify.LookConfig, err err
 	if look.Ports, look.Canaries, err = f.what(); err != nil {
 		return look, err
 	}
-	look.Rules, look.In, look.MaxRate = rs, f.In, f.MaxRate
+	look.Rules, look.In, look.MaxRate, look.Connect = rs, f.In, f.MaxRate, f.Connect
 	if rs != nil {
 		look.Thorough = thoroughOf(rs, f.Thorough)
 	}
@@ -194,7 +199,7 @@ func lookAt(ctx context.Context, look verify.LookConfig) (*verify.Report, error)
 	case errors.Is(err, verify.ErrLocalTarget):
 		return nil, refused(err, "deadlight verify without --target looks at this host: over loopback the policy is not asked")
 	case errors.Is(err, fs.ErrPermission):
-		return nil, refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …")
+		return nil, refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …, or --connect, which can tell less")
 	case err != nil:
 		return nil, refused(err, "")
 	}
