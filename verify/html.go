@@ -204,7 +204,12 @@ func (r *Report) htmlRestrictions(p *page) {
 }
 
 func (r *Report) proofWords() string {
-	proof := fmt.Sprintf("Probes were sent from %s and answers counted. Canaries, packets that must be answered, travelled with them; from their loss the chance that any TCP answer was missed is at most %.0e.", r.Vantage, r.Bound)
+	proof := fmt.Sprintf("Probes were sent from %s and answers counted. Canaries, packets that must be answered, travelled with them", r.Vantage)
+	if r.Bound > 0 {
+		proof += fmt.Sprintf("; from their loss the chance that any TCP answer was missed is at most %.0e.", r.Bound)
+	} else {
+		proof += "; every TCP probe was seen to arrive."
+	}
 	if r.Proof == "host" {
 		proof += " On the host itself a temporary table noted which probes arrived and which passed every filter."
 	} else {

@@ -657,10 +657,14 @@ func (r *Report) restrictions(b *strings.Builder) {
 
 func (r *Report) conclusion(b *strings.Builder) {
 	took := time.Duration(r.Seconds * float64(time.Second)).Round(100 * time.Millisecond)
-	proof := fmt.Sprintf("chance that a TCP answer was missed ≤ %.0e", r.Bound)
-	if r.exact {
-		proof += "; proven on the host: a tripwire saw every probe arrive, and pass only where the policy says"
+	var proofs []string
+	if r.Bound > 0 || !r.exact {
+		proofs = append(proofs, fmt.Sprintf("chance that a TCP answer was missed ≤ %.0e", r.Bound))
 	}
+	if r.exact {
+		proofs = append(proofs, "proven on the host: a tripwire saw every probe arrive, and pass only where the policy says")
+	}
+	proof := strings.Join(proofs, "; ")
 	views := ""
 	if n := r.views; n > 0 {
 		views = fmt.Sprintf(" and %s of restricted openings", count(n, "view", "views"))

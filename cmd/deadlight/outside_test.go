@@ -206,7 +206,7 @@ func TestVerifyOwnAddress(t *testing.T) {
 	l := newLab(t, labPolicy)
 	var out, errs bytes.Buffer
 	code := run([]string{"verify", l.policy, "--target", "203.0.113.20"}, env{stdout: &out, stderr: &errs})
-	if code != exitRefused || !strings.Contains(errs.String(), "from another machine") {
+	if code != exitRefused || !strings.Contains(errs.String(), "without --target looks at this host") {
 		t.Errorf("exit %d: %s", code, errs.String())
 	}
 }

@@ -136,7 +136,7 @@ func TestFromVantage(t *testing.T) {
 	for in, want := range map[string]string{
 		"":   "no request on standard input",
 		"{}": "1 error: nothing probed",
-		`{"policy":"p.toml","files":{"p.toml":"dmVyc2lvbiA9IDEK"}}`:                                      "name the host to probe",
+		`{"policy":"p.toml","files":{"p.toml":"dmVyc2lvbiA9IDEK"},"look":{"ports":"all"}}`:               "name the host to probe",
 		`{"policy":"/etc/p.toml","files":{"p.toml":"dmVyc2lvbiA9IDEKW29wZW4ueF0Kc2VydmljZT0ibm9uZSIK"}}`: "/etc/p.toml:3:9: error",
 	} {
 		var out, errs bytes.Buffer
