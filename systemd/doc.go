@@ -4,7 +4,7 @@
 // deadlight.service loads the policy before the network is configured, and never
 // leaves a host open because the policy, the state or the disk is broken; stopping
 // it opens nothing. deadlight-watch.service undoes changes by others.
-// deadlight-verify.timer runs deadlight-verify.service, which probes hosts from
+// deadlight-verify.timer runs deadlight-verify.service, which probes this host from
 // outside. Each may do what its command needs and nothing else.
 package systemd
 
