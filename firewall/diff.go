@@ -119,7 +119,11 @@ func diffSets(name string, a, b *setState) []Difference {
 // aged is the set at a later time, when elements may have vanished. Close to
 // their end either answer of the kernel is right.
 func (s *setState) aged(now time.Time, is *setState) *setState {
-	if s.last.IsZero() || now.Before(s.last) && !(is.last.IsZero() && s.last.Sub(now) < clockSlack) {
+	over := !now.Before(s.last)
+	if s.last.Sub(now).Abs() < clockSlack {
+		over = is.last.IsZero()
+	}
+	if s.last.IsZero() || !over {
 		return s
 	}
 	left := *s

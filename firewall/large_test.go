@@ -326,3 +326,35 @@ func TestStoredSnapshot(t *testing.T) {
 		}
 	}
 }
+
+// Close to their end elements may still be there or be gone, whatever the clock says.
+func TestExpiryIsNotADifferenceOfClocks(t *testing.T) {
+	rs := ruleset(t, "[open.a]\nports = 80\nexpires = 2100-01-01T00:00:00Z\n")
+	end := time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC)
+	wanted, err := Meant(rs, end.Add(-time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		at   time.Duration // after the end
+		gone bool
+		same bool
+	}{
+		{-time.Minute, false, true}, {-time.Minute, true, false},
+		{-time.Second, false, true}, {-time.Second, true, true},
+		{time.Second, false, true}, {time.Second, true, true},
+		{time.Minute, false, false}, {time.Minute, true, true},
+	} {
+		is, err := Meant(rs, end.Add(-time.Hour))
+		if err != nil {
+			t.Fatal(err)
+		}
+		is.at = end.Add(tt.at)
+		if set := is.sets["open_a_until"]; tt.gone {
+			set.first, set.last, set.elements = time.Time{}, time.Time{}, nil
+		}
+		if d := Diff(is, wanted); (d == nil) != tt.same {
+			t.Errorf("%v after the end, gone %v: %v", tt.at, tt.gone, d)
+		}
+	}
+}

@@ -109,7 +109,7 @@ func (h *trialHost) settled(t *testing.T) *firewall.Record {
 			return err
 		}
 		if d := firewall.Diff(is, r.Snapshot); len(d) > 0 {
-			return fmt.Errorf("the state says %s, on trial %t, and the kernel holds something else: %v", r.Policy, r.OnTrial(), d)
+			return fmt.Errorf("the state says %s, on trial %t, and the kernel holds something else: %#v", r.Policy, r.OnTrial(), d)
 		}
 		return nil
 	}); err != nil {
