@@ -232,6 +232,9 @@ func (j *judge) odd(o *odd, res *Result) {
 			if !x.expect.agrees(x.answer, x.proto) {
 				k.Answered++
 				j.oddFinding([]*oddProbe{x}, x.answer)
+				for _, key := range x.passages() {
+					open[key] = true // what passed was this one, as far as the tripwire can tell
+				}
 			}
 		case j.cfg.HostProof != nil && x.kind.stage == oddBeside:
 			for _, key := range x.passages() {
@@ -242,7 +245,7 @@ func (j *judge) odd(o *odd, res *Result) {
 	for key, probes := range passed {
 		var a Answer
 		switch {
-		case open[key]: // by another interface, from the same port: the tripwire cannot tell them apart
+		case open[key]: // another one, from the same port: the tripwire cannot tell them apart
 			continue
 		case j.cfg.HostProof.Passed[key]:
 			a = Answer{Closed, PassedFirewall}
