@@ -90,8 +90,8 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			if err := checkThorough(c, &f.Thorough); err != nil {
 				return err
 			}
-			if f.Connect && len(f.Targets) == 0 {
-				return usageError("deadlight verify --connect --target ADDR, on another machine", "--connect is of a --target: this host is probed with root's rights alone")
+			if err := f.ofTheOther(c); err != nil {
+				return err
 			}
 			if len(f.Targets) > 0 {
 				return verifyTargets(c.Context(), e, policyArg(args), f)
@@ -116,10 +116,29 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 	return c
 }
 
-func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error {
-	if f.textfile != "" || f.vantage == "netns" {
-		return usageError("", "--textfile and --vantage netns are of this host, and --target names another")
+// ofTheOther refuses flags that mean nothing to the host that is probed: this one,
+// or that of --target.
+func (f *verifyFlags) ofTheOther(c *cobra.Command) error {
+	if len(f.Targets) == 0 {
+		for _, name := range []string{"connect", thoroughFlag, "ssh-config"} {
+			if c.Flags().Changed(name) {
+				return usageError("deadlight verify --target ADDR, on another machine", "--%s is of a --target, and this is the host itself", name)
+			}
+		}
+		return nil
 	}
+	if f.vantage == "netns" {
+		return usageError("", "--vantage netns is of this host, and --target names another")
+	}
+	for _, name := range []string{"textfile", "proof"} {
+		if c.Flags().Changed(name) {
+			return usageError("", "--%s is of this host, and --target names another", name)
+		}
+	}
+	return nil
+}
+
+func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error {
 	var far *verify.SSHVantage
 	if f.vantage != "" {
 		v, err := verify.ParseSSHVantage(f.vantage)
