@@ -52,7 +52,7 @@ back, 130 interrupted.`,
 		&cobra.Group{ID: groupWatch, Title: "Watch and prove"},
 	)
 	root.AddCommand(
-		newInitCommand(e), newImportCommand(e), newCheckCommand(e), newExplainCommand(e), newShowCommand(e),
+		newInitCommand(e), newImportCommand(e), newCheckCommand(e), newExplainCommand(e), newShowCommand(e), newEditCommand(e),
 		newTryCommand(e),
 		newPlanCommand(e), newApplyCommand(e), newConfirmCommand(e), newRollbackCommand(e), newRemoveCommand(e), newCleanerCommand(e),
 		newStatusCommand(e), newDriftCommand(e), newWatchCommand(e), newAuditCommand(e), newVerifyCommand(e), newFromVantageCommand(e),
