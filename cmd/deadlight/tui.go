@@ -19,8 +19,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/term"
 
@@ -183,6 +185,38 @@ func fold(text string, width int) string {
 		out.WriteString(string(rest))
 		if end {
 			out.WriteByte('\n')
+		}
+	}
+	return out.String()
+}
+
+// refill breaks the lines of paragraphs anew if one is too wide. Lines that are indented
+// or have columns stay as they are.
+func refill(text string, width int) string {
+	var out strings.Builder
+	for i, paragraph := range strings.Split(text, "\n\n") {
+		if i > 0 {
+			out.WriteString("\n\n")
+		}
+		wide := slices.ContainsFunc(strings.Split(paragraph, "\n"), func(line string) bool { return utf8.RuneCountInString(line) > width })
+		if !wide || strings.Contains(paragraph, "  ") {
+			out.WriteString(paragraph)
+			continue
+		}
+		column := 0
+		for _, word := range strings.Fields(paragraph) {
+			n := utf8.RuneCountInString(word)
+			switch {
+			case column == 0:
+			case column+1+n > width:
+				out.WriteByte('\n')
+				column = 0
+			default:
+				out.WriteByte(' ')
+				column++
+			}
+			out.WriteString(word)
+			column += n
 		}
 	}
 	return out.String()
