@@ -90,7 +90,7 @@ func plan(e env, file string, f planFlags) error {
 	if rs == nil {
 		return unusable(e, problems, "nothing planned")
 	}
-	if err := rules.Render(e.stderr, problems, ""); err != nil {
+	if err := e.showProblems(problems, ""); err != nil {
 		return err
 	}
 	p, err := planHere(file, f.state, rs)
@@ -104,7 +104,7 @@ func plan(e env, file string, f planFlags) error {
 	if f.json {
 		err = writeJSON(e.stdout, p)
 	} else {
-		err = p.print(e.stdout, f.all)
+		err = forPeople(e, func(w io.Writer) error { return p.print(w, f.all) })
 	}
 	if err != nil || len(p.Changes) == 0 {
 		return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"strconv"
@@ -162,7 +163,7 @@ func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error
 	if err != nil {
 		return err
 	}
-	line := newProgress(e.stderr)
+	line := newProgress(e)
 	look.Progress = func(sent, total uint64) { line.update("probing "+strings.Join(f.Targets, ", "), sent, total) }
 	report, err := lookAt(ctx, look)
 	line.done()
@@ -227,7 +228,13 @@ func lookAt(ctx context.Context, look verify.LookConfig) (*verify.Report, error)
 
 func (f *verifyFlags) print(e env, file string, report *verify.Report) error {
 	if f.report.format == "text" {
-		printf(e.stdout, "%s against %s, seen from %s:\n", report.Target, printable(file), printable(report.Vantage))
+		err := forPeople(e, func(w io.Writer) error {
+			printf(w, "%s against %s, seen from %s:\n", report.Target, printable(file), printable(report.Vantage))
+			return nil
+		})
+		if err != nil {
+			return err
+		}
 	}
 	return f.report.print(e, report)
 }
