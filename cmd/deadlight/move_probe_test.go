@@ -342,53 +342,71 @@ type period struct{ from, to time.Time }
 
 func (p period) has(at time.Time) bool { return !at.Before(p.from) && at.Before(p.to) }
 
+// without gives when probes left that nothing answered.
+func (t *moveTarget) without(within period) []time.Time {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var out []time.Time
+	for _, at := range slices.AppendSeq(slices.Clone(t.lost), maps.Values(t.waiting)) {
+		if within.has(at) {
+			out = append(out, at)
+		}
+	}
+	slices.SortFunc(out, time.Time.Compare)
+	return out
+}
+
+// answersIn gives when a closed port answered.
+func (t *moveTarget) answersIn(within period) []time.Time {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(t.answers), func(at time.Time) bool { return !within.has(at) })
+}
+
 // judge says what is wrong: answers of closed ports within one period, and probes of
-// open ports without an answer within the other. step names what was done at a time.
+// open ports without an answer within the other. A machine under load loses packets:
+// what was lost beside a canary is not the firewall's. step names what was done at a
+// time.
 func (p *moveProbes) judge(t *testing.T, closed, open period, step func(time.Time) string) {
 	t.Helper()
-	var sent, asked int
+	byWire := p.wire.without(open)
+	excused := 0
 	for _, tg := range p.targets {
-		tg.mu.Lock()
-		var bad []time.Time
-		what := "answered"
+		what, bad := "answered", tg.answersIn(closed)
 		if tg.open {
-			what = "got no answer"
-			for _, at := range slices.AppendSeq(slices.Clone(tg.lost), maps.Values(tg.waiting)) {
-				if open.has(at) {
-					bad = append(bad, at)
-				}
-			}
-			slices.SortFunc(bad, time.Time.Compare)
-			asked += tg.sent
-		} else {
-			for _, at := range tg.answers {
-				if closed.has(at) {
-					bad = append(bad, at)
-				}
-			}
-			sent += tg.sent
+			what, bad = "got no answer", tg.without(open)
+			all := len(bad)
+			bad = slices.DeleteFunc(bad, func(at time.Time) bool {
+				return slices.ContainsFunc(byWire, func(w time.Time) bool { return at.Sub(w).Abs() < 20*time.Millisecond })
+			})
+			excused += all - len(bad)
 		}
 		if tg.sent == 0 {
 			t.Errorf("%s was never probed", tg.name)
 		}
-		if len(bad) > 0 {
-			var when []string
-			for _, at := range bad {
-				if s := step(at); !slices.Contains(when, s) {
-					when = append(when, s)
-				}
-			}
-			t.Errorf("%s %s %d times in %d, first %.3fs, last %.3fs into the move, during:\n\t%s", tg.name, what, len(bad), tg.sent,
-				bad[0].Sub(open.from).Seconds(), bad[len(bad)-1].Sub(open.from).Seconds(), strings.Join(when, "\n\t"))
+		if len(bad) == 0 {
+			continue
 		}
-		tg.mu.Unlock()
+		var when []string
+		for _, at := range bad {
+			if s := step(at); !slices.Contains(when, s) {
+				when = append(when, s)
+			}
+		}
+		t.Errorf("%s %s %d times in %d, first %.3fs, last %.3fs into the move, during:\n\t%s", tg.name, what, len(bad), tg.sent,
+			bad[0].Sub(open.from).Seconds(), bad[len(bad)-1].Sub(open.from).Seconds(), strings.Join(when, "\n\t"))
 	}
-	p.mu.Lock()
+	if len(byWire)*100 > p.wire.sent {
+		t.Errorf("the wire alone lost %d of %d canaries: nothing can be told", len(byWire), p.wire.sent)
+	}
 	for what, n := range p.strays {
 		t.Errorf("the host put %d packets on the wire that are for others: %s", n, what)
 	}
-	p.mu.Unlock()
-	t.Logf("%d probes of closed ports and %d of open ones, one in %d of those on the wire alone", sent, asked, len(p.targets))
+	sent := 0
+	for _, tg := range p.targets {
+		sent += tg.sent
+	}
+	t.Logf("%d probes; the wire lost %d of %d canaries, and with them %d probes", sent, len(byWire), p.wire.sent, excused-len(byWire))
 }
 
 // moveFlow is a session that an admin has, such as of SSH: a line goes there and

@@ -254,19 +254,14 @@ func (m *machine) awaitAsk(ctx context.Context, n int, p *moveProbes) bool {
 			return false
 		}
 	}
-	for since := time.Now(); ; {
-		now := time.Now()
-		switch ok := p.asMeant(since, now.Add(-20*time.Millisecond)); {
-		case !ok:
-			since = now
-		case now.Sub(since) > 200*time.Millisecond:
-			return true
-		}
+	const while, late = 200 * time.Millisecond, 500 * time.Millisecond
+	for from := time.Now(); time.Since(from) < while+late || !p.asMeant(time.Now().Add(-while-late), time.Now().Add(-late)); {
 		if !pause(ctx) {
 			m.Errorf("the host is up, and not every port is as it should be")
 			return false
 		}
 	}
+	return true
 }
 
 func (m *machine) answerAsk(n int) {
