@@ -58,9 +58,10 @@ type moveProbes struct {
 	wire    *moveTarget // ARP, which no firewall of IP filters: what it loses is the wire's
 	byPort  map[string]*moveTarget
 	rejects bool // the host refuses what is closed: that alone shows no open port
+	gap     time.Duration // the longest between two rounds
 
-	stop chan struct{}
-	done sync.WaitGroup
+	stop   chan struct{}
+	done   sync.WaitGroup
 	mu     sync.Mutex
 	errs   []error
 	strays map[string]int // what the host sent to others than us
@@ -131,12 +132,14 @@ func (p *moveProbes) fail(err error) {
 func (p *moveProbes) send() {
 	defer p.done.Done()
 	to := &unix.SockaddrLinklayer{Ifindex: p.link.Index}
-	for tick := 0; ; tick++ {
+	for tick, last := 0, time.Now(); ; tick++ {
 		select {
 		case <-p.stop:
 			return
 		case <-time.After(time.Millisecond):
 		}
+		p.gap = max(p.gap, time.Since(last))
+		last = time.Now()
 		for i, tg := range p.targets {
 			if (tick+i)%tg.every != 0 {
 				continue
@@ -406,7 +409,7 @@ func (p *moveProbes) judge(t *testing.T, closed, open period, step func(time.Tim
 	for _, tg := range p.targets {
 		sent += tg.sent
 	}
-	t.Logf("%d probes; the wire lost %d of %d canaries, and with them %d probes", sent, len(byWire), p.wire.sent, excused-len(byWire))
+	t.Logf("%d probes, %s apart at most; the wire lost %d of %d canaries, and with them %d probes", sent, p.gap.Round(time.Millisecond), len(byWire), p.wire.sent, excused-len(byWire))
 }
 
 // moveFlow is a session that an admin has, such as of SSH: a line goes there and
