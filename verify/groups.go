@@ -40,6 +40,9 @@ type ManyConfig struct {
 	In       string
 	MaxRate  int
 	Connect  bool
+	// Earlier counts addresses of hosts that are done already: of a run that goes on.
+	// Their part of the bound is used up.
+	Earlier int
 	// MissBound is the largest probability that any answer of a silent TCP port was
 	// missed, over all hosts; 0 means 1e-6.
 	MissBound float64
@@ -64,6 +67,8 @@ func LookAtMany(ctx context.Context, cfg ManyConfig) error {
 		cfg.MissBound = defaultMissBound
 	}
 	m := &many{cfg: cfg}
+	m.done = cfg.Earlier * (len(cfg.Ports.TCP) + len(cfg.Ports.UDP))
+	m.total = m.done
 	for i := range cfg.Hosts {
 		m.total += m.ports(i)
 	}
