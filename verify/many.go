@@ -235,7 +235,7 @@ func (m *Many) WriteText(w io.Writer) error {
 	}); err != nil {
 		return err
 	}
-	if n := m.Hosts.Pass; n > 0 {
+	if n := m.Hosts.Pass; n > 0 && m.Verdict != Pass { // else the last line says it
 		fmt.Fprintf(&text, "  ok    %s\n", count(n, "host is as its policy says", "hosts are as their policies say"))
 	}
 	if m.Resumed > 0 {

@@ -212,6 +212,8 @@ func (p *targetParser) addresses(n int, w word) []netip.Addr {
 		m.width = max(1, utf8.RuneCountInString(s))
 		a, err := netip.ParseAddr(s)
 		switch was := p.hosts[a]; {
+		case s == "":
+			p.fail(m, "", "no address stands beside the comma")
 		case err != nil && isNetwork(s):
 			p.fail(m, "write a line for each host", "not one address: %s", strconv.Quote(s))
 		case err != nil:

@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -41,11 +42,15 @@ type journalHeader struct {
 
 // newJournalHeader describes a run.
 func newJournalHeader(hosts []target, policies map[string]*targetPolicy, f *verifyFlags) journalHeader {
+	thorough := "not given"
+	if f.Thorough >= 0 {
+		thorough = fmt.Sprint(f.Thorough)
+	}
 	h := journalHeader{
 		Schema: 1, Journal: journalKind, Began: time.Now().UTC().Truncate(time.Millisecond), Policies: map[string]string{},
 		Flags: map[string]string{
-			"--ports": f.Ports, "--canary": fmt.Sprint(f.Canaries), "--in": f.In, "--thorough": fmt.Sprint(f.Thorough),
-			"--connect": fmt.Sprint(f.Connect), "--vantage": f.vantage,
+			"--ports": f.Ports, "--canary": fmt.Sprint(f.Canaries), "--in": strconv.Quote(f.In), "--thorough": thorough,
+			"--connect": fmt.Sprint(f.Connect), "--vantage": strconv.Quote(f.vantage),
 		},
 	}
 	sum := sha256.New()
@@ -72,7 +77,7 @@ func (h *journalHeader) changed(now *journalHeader) []string {
 	}
 	for _, flag := range slices.Sorted(maps.Keys(now.Flags)) {
 		if was := h.Flags[flag]; was != now.Flags[flag] {
-			out = append(out, fmt.Sprintf("%s was %q", flag, was))
+			out = append(out, fmt.Sprintf("%s was %s", flag, was))
 		}
 	}
 	return out

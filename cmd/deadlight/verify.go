@@ -63,6 +63,23 @@ path is proven alive by ports that must answer: a listed TCP port, echo, or
 --canary. Over UDP silence cannot tell a filter from a service that does not
 answer; the report says so. Probe only hosts that are yours.
 
+Several hosts: each --target is a host, and one host's addresses are joined by a
+comma, --target 192.0.2.10,2001:db8::10. With --targets FILE each line is a host:
+
+  # ADDR[,ADDR...]          [POLICY]   [NAME]
+  192.0.2.10,2001:db8::10   web.toml   web-1
+  192.0.2.20                -          db-1
+
+The path of a policy is relative to FILE; - or none stands for the POLICY of the
+command line. Hosts are probed in groups, so that memory is bounded. The report
+has hosts that fail first, then those of which nothing can be said and why; those
+that pass are a number. --json prints an object with all of them, --format junit a
+suite a host, prometheus a label, html a table with each host folded behind it.
+With --resume FILE each host that is done is written there: after Ctrl-C, a crash
+or a reboot the same command goes on where it was. It refuses if the hosts, a
+policy or a flag that matters are others than before. When the report is printed,
+FILE is removed: the next run looks at every host again.
+
 Behind the sweep of a --target follow adversarial probes (other flags, source
 ports, fragments, options, protocols); --thorough says how many. Those other than
 of TCP and UDP need --ports all.
@@ -73,11 +90,13 @@ writes it for the textfile collector of node_exporter.
 With --self-test it shows instead, on throw-away hosts and without root, that it
 finds out rulesets that are broken, and a path that is dead.
 
-Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
+Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell. Of
+several hosts: 1 any is not, else 3 of any it could not be told, else 0.`,
 		Example: `  sudo deadlight verify
   sudo deadlight verify policy.toml --in wan0 --ports tcp
   sudo deadlight verify --textfile /var/lib/prometheus/node-exporter/deadlight_verify.prom
-  sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10
+  sudo deadlight verify policy.toml --target 192.0.2.10,2001:db8::10
+  sudo deadlight verify --targets hosts.txt --resume hosts.journal
   deadlight verify policy.toml --target 192.0.2.10 --vantage ssh://root@198.51.100.7
   deadlight verify --self-test`,
 		Args: atMostPolicy,
