@@ -12,10 +12,7 @@ import (
 // a cell, row by row. When is the time of the run.
 func (r *Report) WriteHTML(w io.Writer, when time.Time) error {
 	p := &page{}
-	p.add("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n")
-	p.add("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n")
-	p.add("<title>%s: %s</title>\n<style>%s</style>\n</head>\n<body>\n", r.Target, strings.ToUpper(r.Verdict.String()), raw(pageStyle))
-	p.add("<header class=\"%s\"><h1>%s</h1><p>%s</p></header>\n", r.Verdict.String(), strings.ToUpper(r.Verdict.String()), verdictWords[r.Verdict])
+	p.head(r.Target, r.Verdict, verdictWords[r.Verdict])
 	p.add("<dl><dt>Host</dt><dd>%s</dd><dt>Seen from</dt><dd>%s</dd><dt>When</dt><dd>%s</dd><dt>Took</dt><dd>%.1f s, %s</dd></dl>\n",
 		r.Target, r.Vantage, when.Format("2006-01-02 15:04:05 MST"), r.Seconds, count(int(r.Probes), "packet", "packets"))
 	r.htmlFindings(p)
@@ -34,6 +31,14 @@ func (r *Report) WriteHTML(w io.Writer, when time.Time) error {
 	p.add("</body>\n</html>\n")
 	_, err := io.WriteString(w, p.b.String())
 	return err
+}
+
+// head begins a page.
+func (p *page) head(title string, v Verdict, says string) {
+	p.add("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n")
+	p.add("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n")
+	p.add("<title>%s: %s</title>\n<style>%s</style>\n</head>\n<body>\n", title, strings.ToUpper(v.String()), raw(pageStyle))
+	p.add("<header class=\"%s\"><h1>%s</h1><p>%s</p></header>\n", v.String(), strings.ToUpper(v.String()), says)
 }
 
 var verdictWords = [...]string{
@@ -110,13 +115,27 @@ func sweepName(key string) string {
 }
 
 func (r *Report) htmlMaps(p *page) {
-	p.add("<h2>Ports</h2>\n<p class=\"legend\">")
+	p.add("<h2>Ports</h2>\n")
+	p.legend(true)
+	p.maps(r.States, r.Openings)
+}
+
+func (p *page) legend(rings bool) {
+	p.add("<p class=\"legend\">")
 	for _, s := range []State{Open, Closed, Rejected, Filtered, Unknown} {
 		p.add("<span><b class=\"%s\"></b>%s</span> ", s, s)
 	}
-	p.add("<span><b class=\"ring\"></b>listed by the policy</span></p>\n<div class=\"maps\">\n")
+	if rings {
+		p.add("<span><b class=\"ring\"></b>listed by the policy</span>")
+	}
+	p.add("</p>\n")
+}
+
+// maps draws the sweeps.
+func (p *page) maps(sweeps map[string]States, openings []Opening) {
+	p.add("<div class=\"maps\">\n")
 	for _, key := range sweepKeys {
-		states, ok := r.States[key]
+		states, ok := sweeps[key]
 		if !ok {
 			continue
 		}
@@ -127,21 +146,28 @@ func (r *Report) htmlMaps(p *page) {
 				p.add("<path class=\"%s\" d=\"%s\"/>\n", s, path)
 			}
 		}
-		for _, o := range r.Openings {
+		for _, o := range openings {
 			if o.Protocol+o.Family[3:] == key {
 				p.add("<rect class=\"ring\" x=\"%d\" y=\"%d\" width=\"5\" height=\"5\"><title>%d/%s %s</title></rect>\n",
 					int(o.Port&255)-2, int(o.Port>>8)-2, o.Port, o.Protocol, o.Rule)
 			}
 		}
-		p.add("</svg><figcaption>%s</figcaption>\n<table>\n", sweepName(key))
-		for _, s := range []State{Open, Closed, Rejected, Filtered, Unknown} {
-			if ports := states.of(s); ports != "" {
-				p.add("<tr><td class=\"%s\">%s</td><td class=\"ports\">%s</td></tr>\n", s, s, shorten(ports, 400))
-			}
-		}
-		p.add("</table></figure>\n")
+		p.add("</svg><figcaption>%s</figcaption>\n", sweepName(key))
+		p.states(states)
+		p.add("</figure>\n")
 	}
 	p.add("</div>\n")
+}
+
+// states lists the ports of a sweep.
+func (p *page) states(states States) {
+	p.add("<table>\n")
+	for _, s := range []State{Open, Closed, Rejected, Filtered, Unknown} {
+		if ports := states.of(s); ports != "" {
+			p.add("<tr><td class=\"%s\">%s</td><td class=\"ports\">%s</td></tr>\n", s, s, shorten(ports, 400))
+		}
+	}
+	p.add("</table>")
 }
 
 // mapPath draws the cells of ports that a list names: those of a row that follow
@@ -232,6 +258,7 @@ figure{margin:0}figcaption{font-weight:600}svg{width:100%;background:#fff}
 path.open{fill:var(--open)}path.closed{fill:var(--closed)}path.rejected{fill:var(--rejected)}path.filtered{fill:var(--filtered)}path.unknown{fill:var(--unknown)}
 rect.none{fill:#e3e5e8}rect.ring{fill:none;stroke:#111;stroke-width:1}
 td.fail{color:#c62828;font-weight:600}td.open{color:var(--open);font-weight:600}td.closed{color:var(--closed);font-weight:600}td.rejected{color:var(--rejected);font-weight:600}td.filtered,td.pass{color:var(--filtered)}td.unknown{color:var(--unknown)}
+td.inconclusive{color:var(--unknown);font-weight:600}summary{cursor:pointer;padding:.15rem 0}details{margin:.3rem 0}
 .legend span{margin-right:1rem}.legend b{display:inline-block;width:.8em;height:.8em;margin-right:.3em}
 b.open{background:var(--open)}b.closed{background:var(--closed)}b.rejected{background:var(--rejected)}b.filtered{background:var(--filtered)}b.unknown{background:var(--unknown)}b.ring{border:2px solid currentColor;box-sizing:border-box}
 `

@@ -56,19 +56,14 @@ const (
 // and [Result]. It needs CAP_NET_RAW there and the interfaces up. Silence on a
 // path whose canaries do not answer is [Unknown], never [Filtered].
 //
-// Many paths are probed in groups, one after the other, so that memory is
-// bounded by a group; see [Config].Each.
+// All paths are probed at once: who has thousands of hosts cuts them into groups,
+// as [LookAtMany] does.
 //
 // If ctx ends, Sweep returns its error and no result.
 func Sweep(ctx context.Context, cfg Config) (*Result, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	return sweepGroups(ctx, cfg)
-}
-
-// sweepGroup probes some paths at once.
-func sweepGroup(ctx context.Context, cfg Config) (*Result, error) {
 	e, err := newEngine(ctx, cfg, time.Now())
 	if err != nil {
 		return nil, err
@@ -665,6 +660,7 @@ func (e *engine) result() *Result {
 		r.From, r.Stray = p.from, p.stray
 		r.CanariesSent, r.CanariesLost = p.total.sent, p.total.lost
 		r.SentTCP, r.SentUDP = p.sentTCP, p.sentUDP
+		r.Sent = p.sentTCP + p.sentUDP + p.sent
 		r.TCP, r.UDP = p.tcpFlow.result(r.Alive), p.udpFlow.result(r.Alive)
 		r.Err = p.err
 		if r.Err == nil && !r.Alive { // it never lived
@@ -679,9 +675,10 @@ func (e *engine) result() *Result {
 		miss := p.tcpFlow.misses()
 		for j, a := range r.TCP {
 			if a.State == Filtered {
-				sum += miss[p.tcpFlow.good[j]]
+				r.Bound += miss[p.tcpFlow.good[j]]
 			}
 		}
+		sum += r.Bound
 	}
 	if alive {
 		res.Bound = min(sum, 1)

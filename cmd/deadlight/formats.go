@@ -78,12 +78,12 @@ func (f *reportFlags) print(e env, r *verify.Report) error {
 	if err != nil {
 		return err
 	}
-	return verdictCode(r)
+	return codeOf(r.Verdict)
 }
 
-// verdictCode is the exit code of a verdict.
-func verdictCode(r *verify.Report) error {
-	switch r.Verdict {
+// codeOf is the exit code of a verdict.
+func codeOf(v verify.Verdict) error {
+	switch v {
 	case verify.Fail:
 		return silently(exitFindings)
 	case verify.Inconclusive:
@@ -95,28 +95,53 @@ func verdictCode(r *verify.Report) error {
 // verification is a report as metrics, for the textfile collector of node_exporter
 // or a push.
 func verification(r *verify.Report, at time.Time) []metricFamily {
-	target := []string{"target", r.Target}
+	return verificationOf([]string{"target", r.Target}, r.Verdict, r.Counts, len(r.Findings), r.Bound, r.Seconds, r.Probes, at)
+}
+
+// verificationOfMany has the same metrics for each host.
+func verificationOfMany(m *verify.Many, at time.Time) ([]metricFamily, error) {
+	var out []metricFamily
+	err := m.Each(func(b *verify.Brief) error {
+		findings := 0
+		for i := range b.Findings {
+			findings += b.Findings[i].Count
+		}
+		list := verificationOf([]string{"target", b.Target, "name", b.Name}, b.Verdict, b.Counts, findings, b.Bound, b.Seconds, b.Probes, b.Ended)
+		for i := range list {
+			if out == nil {
+				out = list
+				break
+			}
+			out[i].samples = append(out[i].samples, list[i].samples...)
+		}
+		return nil
+	})
+	return append(out, single("gauge", "verify_run_timestamp_seconds", "When the run over all hosts ended.", float64(at.UnixMilli())/1000)), err
+}
+
+func verificationOf(target []string, verdict verify.Verdict, counts verify.Counts, findings int, bound, seconds float64, probes uint64, at time.Time) []metricFamily {
+	with := func(more ...string) []string { return slices.Concat(target, more) }
 	verdicts := metricFamily{kind: "gauge", name: "verify_verdict", help: "1 for the verdict of the last verification, 0 for the others."}
 	for v := verify.Pass; v <= verify.Fail; v++ {
 		is := 0.0
-		if v == r.Verdict {
+		if v == verdict {
 			is = 1
 		}
-		verdicts.samples = append(verdicts.samples, sample{is, append(target[:2:2], "verdict", v.String())})
+		verdicts.samples = append(verdicts.samples, sample{is, with("verdict", v.String())})
 	}
 	ports := metricFamily{kind: "gauge", name: "verify_ports", help: "Ports of the sweeps by their state."}
 	for _, c := range []struct {
 		state verify.State
 		n     int
-	}{{verify.Open, r.Counts.Open}, {verify.Closed, r.Counts.Closed}, {verify.Rejected, r.Counts.Rejected}, {verify.Filtered, r.Counts.Filtered}, {verify.Unknown, r.Counts.Unknown}} {
-		ports.samples = append(ports.samples, sample{float64(c.n), append(target[:2:2], "state", c.state.String())})
+	}{{verify.Open, counts.Open}, {verify.Closed, counts.Closed}, {verify.Rejected, counts.Rejected}, {verify.Filtered, counts.Filtered}, {verify.Unknown, counts.Unknown}} {
+		ports.samples = append(ports.samples, sample{float64(c.n), with("state", c.state.String())})
 	}
 	return []metricFamily{
 		verdicts, ports,
-		single("gauge", "verify_findings", "Ports that are not as the policy says, or of which nothing can be said.", float64(len(r.Findings)), target...),
-		single("gauge", "verify_missed_answer_probability", "Upper bound of the probability that a TCP answer was missed.", r.Bound, target...),
-		single("gauge", "verify_duration_seconds", "How long the probing took.", r.Seconds, target...),
-		single("gauge", "verify_probes", "Packets sent.", float64(r.Probes), target...),
+		single("gauge", "verify_findings", "Ports that are not as the policy says, or of which nothing can be said.", float64(findings), target...),
+		single("gauge", "verify_missed_answer_probability", "Upper bound of the probability that a TCP answer was missed.", bound, target...),
+		single("gauge", "verify_duration_seconds", "How long the probing took.", seconds, target...),
+		single("gauge", "verify_probes", "Packets sent.", float64(probes), target...),
 		single("gauge", "verify_timestamp_seconds", "When the verification ended.", float64(at.UnixMilli())/1000, target...),
 	}
 }

@@ -58,7 +58,7 @@ back, 130 interrupted.`,
 		newInitCommand(e), newImportCommand(e), newCheckCommand(e), newExplainCommand(e), newShowCommand(e), newEditCommand(e),
 		newTryCommand(e),
 		newPlanCommand(e), newApplyCommand(e), newConfirmCommand(e), newRollbackCommand(e), newRemoveCommand(e), newCleanerCommand(e),
-		newStatusCommand(e), newDriftCommand(e), newWatchCommand(e), newAuditCommand(e), newVerifyCommand(e), newFromVantageCommand(e),
+		newStatusCommand(e), newDriftCommand(e), newWatchCommand(e), newAuditCommand(e), newVerifyCommand(e), newFromVantageCommand(e), newFromVantageManyCommand(e),
 		newVersionCommand(e),
 		newPolicyTopic(),
 	)

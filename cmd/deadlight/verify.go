@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net/netip"
-	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -18,18 +16,21 @@ import (
 
 type verifyFlags struct {
 	lookFlags
-	vantage   string
-	sshConfig string
-	proof     string
-	textfile  string
-	state     string // directory
-	selfTest  bool
-	report    reportFlags
+	hosts       []string // --target
+	targetsFile string
+	resume      string
+	vantage     string
+	sshConfig   string
+	proof       string
+	textfile    string
+	state       string // directory
+	selfTest    bool
+	report      reportFlags
 }
 
 // lookFlags say what is looked at, from wherever.
 type lookFlags struct {
-	Targets  []string `json:"targets"`
+	Targets  []string `json:"targets"` // addresses of one host
 	Ports    string   `json:"ports"`
 	Canaries []uint   `json:"canaries"`
 	In       string   `json:"in"`
@@ -63,6 +64,23 @@ path is proven alive by ports that must answer: a listed TCP port, echo, or
 --canary. Over UDP silence cannot tell a filter from a service that does not
 answer; the report says so. Probe only hosts that are yours.
 
+Several hosts: each --target is a host, and one host's addresses are joined by a
+comma, --target 192.0.2.10,2001:db8::10. With --targets FILE each line is a host:
+
+  # ADDR[,ADDR...]          [POLICY]   [NAME]
+  192.0.2.10,2001:db8::10   web.toml   web-1
+  192.0.2.20                -          db-1
+
+The path of a policy is relative to FILE; - or none stands for the POLICY of the
+command line. Hosts are probed in groups, so that memory is bounded. The report
+has hosts that fail first, then those of which nothing can be said and why; those
+that pass are a number. --json prints an object with all of them, --format junit a
+suite a host, prometheus a label, html a table with each host folded behind it.
+With --resume FILE each host that is done is written there: after Ctrl-C, a crash
+or a reboot the same command goes on where it was. It refuses if the hosts, a
+policy or a flag that matters are others than before. When the report is printed,
+FILE is removed: the next run looks at every host again.
+
 Behind the sweep of a --target follow adversarial probes (other flags, source
 ports, fragments, options, protocols); --thorough says how many. Those other than
 of TCP and UDP need --ports all.
@@ -73,11 +91,13 @@ writes it for the textfile collector of node_exporter.
 With --self-test it shows instead, on throw-away hosts and without root, that it
 finds out rulesets that are broken, and a path that is dead.
 
-Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
+Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell. Of
+several hosts: 1 any is not, else 3 of any it could not be told, else 0.`,
 		Example: `  sudo deadlight verify
   sudo deadlight verify policy.toml --in wan0 --ports tcp
   sudo deadlight verify --textfile /var/lib/prometheus/node-exporter/deadlight_verify.prom
-  sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10
+  sudo deadlight verify policy.toml --target 192.0.2.10,2001:db8::10
+  sudo deadlight verify --targets hosts.txt --resume hosts.journal
   deadlight verify policy.toml --target 192.0.2.10 --vantage ssh://root@198.51.100.7
   deadlight verify --self-test`,
 		Args: atMostPolicy,
@@ -94,13 +114,19 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			if err := f.ofTheOther(c); err != nil {
 				return err
 			}
-			if len(f.Targets) > 0 {
-				return verifyTargets(c.Context(), e, policyArg(args), f)
+			switch {
+			case f.targetsFile != "" || len(f.hosts) > 1:
+				return verifyMany(c.Context(), e, policyArg(args), f)
+			case len(f.hosts) == 1:
+				f.Targets = strings.Split(f.hosts[0], ",")
+				return verifyTarget(c.Context(), e, policyArg(args), f)
 			}
 			return verifyHere(c.Context(), e, policyArg(args), f)
 		},
 	}
-	c.Flags().StringArrayVar(&f.Targets, "target", nil, "address of another host, repeatable (one per family)")
+	c.Flags().StringArrayVar(&f.hosts, "target", nil, "another host, by its `ADDR[,ADDR...]`; repeatable for several hosts with the same policy")
+	c.Flags().StringVar(&f.targetsFile, "targets", "", "a `FILE` of hosts: ADDR[,ADDR...] [POLICY] [NAME], a line a host")
+	c.Flags().StringVar(&f.resume, "resume", "", "keep what is done of several hosts in this `FILE`, and go on from it")
 	c.Flags().StringVar(&f.vantage, "vantage", "", "from where to look: netns, at this host, or ssh://USER@HOST:PORT, at a --target (default [verify] vantage of the policy)")
 	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration `FILE` for ssh, as of ssh -F")
 	c.Flags().StringVar(&f.proof, "proof", "host", "what proves this host: host (a tripwire on it) or packets (answers alone)")
@@ -120,7 +146,18 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 // ofTheOther refuses flags that mean nothing to the host that is probed: this one,
 // or that of --target.
 func (f *verifyFlags) ofTheOther(c *cobra.Command) error {
-	if len(f.Targets) == 0 {
+	several := f.targetsFile != "" || len(f.hosts) > 1
+	switch {
+	case c.Flags().Changed("targets") && f.targetsFile == "":
+		return usageError("", "--targets wants a file")
+	case f.targetsFile != "" && len(f.hosts) > 0:
+		return usageError("write the host into "+f.targetsFile, "--target and --targets do not go together")
+	case c.Flags().Changed("resume") && f.resume == "":
+		return usageError("", "--resume wants a file")
+	case f.resume != "" && !several:
+		return usageError("deadlight verify --targets FILE --resume "+f.resume, "--resume is of several hosts")
+	}
+	if !several && len(f.hosts) == 0 {
 		for _, name := range []string{"connect", thoroughFlag, "ssh-config"} {
 			if c.Flags().Changed(name) {
 				return usageError("deadlight verify --target ADDR, on another machine", "--%s is of a --target, and this is the host itself", name)
@@ -128,26 +165,39 @@ func (f *verifyFlags) ofTheOther(c *cobra.Command) error {
 		}
 		return nil
 	}
+	flag := "--target"
+	if f.targetsFile != "" {
+		flag = "--targets"
+	}
 	if f.vantage == "netns" {
-		return usageError("", "--vantage netns is of this host, and --target names another")
+		return usageError("", "--vantage netns is of this host, and %s names another", flag)
 	}
 	for _, name := range []string{"textfile", "proof"} {
 		if c.Flags().Changed(name) {
-			return usageError("", "--%s is of this host, and --target names another", name)
+			return usageError("", "--%s is of this host, and %s names another", name, flag)
 		}
 	}
 	return nil
 }
 
-func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error {
-	var far *verify.SSHVantage
-	if f.vantage != "" {
-		v, err := verify.ParseSSHVantage(f.vantage)
-		if err != nil {
-			return usageError("--vantage ssh://USER@HOST", "--vantage: %w", err)
-		}
-		v.Config = f.sshConfig
-		far = &v
+// far is the machine that looks in place of this one; nil if none does.
+func (f *verifyFlags) far() (*verify.SSHVantage, error) {
+	if f.vantage == "" {
+		return nil, nil
+	}
+	v, err := verify.ParseSSHVantage(f.vantage)
+	if err != nil {
+		return nil, usageError("--vantage ssh://USER@HOST", "--vantage: %w", err)
+	}
+	v.Config = f.sshConfig
+	return &v, nil
+}
+
+// verifyTarget is verify of one other host.
+func verifyTarget(ctx context.Context, e env, file string, f verifyFlags) error {
+	far, err := f.far()
+	if err != nil {
+		return err
 	}
 	if _, err := f.config(nil); err != nil {
 		return err
@@ -185,14 +235,8 @@ func (f *verifyFlags) config(rs *rules.Ruleset) (look verify.LookConfig, err err
 	if len(f.Targets) == 0 {
 		return look, usageError("deadlight verify --target 192.0.2.10, from another machine", "name the host to probe with --target")
 	}
-	for _, t := range f.Targets {
-		a, err := netip.ParseAddr(t)
-		if err != nil || a.Zone() != "" || a.Is4In6() {
-			return look, usageError("names are not resolved: the answer would decide what is probed", "--target wants an address: %s", strconv.Quote(t))
-		}
-		look.Targets = append(look.Targets, a)
-	}
-	return look, nil
+	look.Targets, err = aTarget(strings.Join(f.Targets, ","))
+	return look, err
 }
 
 // what gives the ports that are probed and those that prove the path.
@@ -215,15 +259,21 @@ func (f *lookFlags) what() (ports verify.Ports, canaries []verify.Canary, err er
 // lookAt looks from this machine.
 func lookAt(ctx context.Context, look verify.LookConfig) (*verify.Report, error) {
 	report, err := verify.Look(ctx, look)
-	switch {
-	case errors.Is(err, verify.ErrLocalTarget):
-		return nil, refused(err, "deadlight verify without --target looks at this host: over loopback the policy is not asked")
-	case errors.Is(err, fs.ErrPermission):
-		return nil, refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …, or --connect, which can tell less")
-	case err != nil:
-		return nil, refused(err, "")
+	if err != nil {
+		return nil, lookError(err)
 	}
 	return report, nil
+}
+
+// lookError says for people why nothing could be seen.
+func lookError(err error) error {
+	switch {
+	case errors.Is(err, verify.ErrLocalTarget):
+		return refused(err, "deadlight verify without --target looks at this host: over loopback the policy is not asked")
+	case errors.Is(err, fs.ErrPermission):
+		return refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …, or --connect, which can tell less")
+	}
+	return refused(err, "")
 }
 
 func (f *verifyFlags) print(e env, file string, report *verify.Report) error {

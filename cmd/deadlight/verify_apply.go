@@ -74,7 +74,7 @@ func verifyApplied(ctx context.Context, e env, file, dir string, rs *rules.Rules
 	if err != nil {
 		return err
 	}
-	return verdictCode(report)
+	return codeOf(report.Verdict)
 }
 
 // appliedReport probes the host, prints what was seen and keeps the verdict.
