@@ -146,6 +146,7 @@ func (m *many) group(ctx context.Context, first, next, ports int) error {
 				continue
 			}
 			v := lookView(h.Rules, &m.cfg, dst, w, free[len(paths)])
+			v.Path.Host = i
 			own.views, paths = append(own.views, v), append(paths, v.Path)
 			own.outside = append(own.outside, fmt.Sprintf("%s (%s)", w.src, w.link.Name))
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"runtime"
 	"strings"
@@ -125,6 +126,24 @@ func TestLookAtMany(t *testing.T) {
 			t.Errorf("got %v after %d hosts", err, calls)
 		}
 	})
+}
+
+// The miss bound of a host rests on its own canaries: that nothing got lost on the way
+// to others says nothing about it.
+func TestHostsDoNotBorrow(t *testing.T) {
+	w := newWorld(t)
+	w.firewall("tcp dport 22 accept")
+	ports := portRange(1, 30)
+	paths := w.crowd(40, ports, nil)
+	for i := range paths {
+		paths[i].Host = i
+	}
+	for i, p := range w.sweep(Config{Paths: paths}).Paths {
+		rounds := float64(p.SentTCP-1) / 29 // port 22 answers at once
+		if least := 29 * math.Pow(3/float64(p.CanariesSent), rounds); !p.Alive || p.Bound < least || p.Bound > 1e-6 {
+			t.Errorf("host %d: %g rounds and %d canaries bound it to %g, and to %g at best", i, rounds, p.CanariesSent, p.Bound, least)
+		}
+	}
 }
 
 // A group has whole hosts, as many as its ports, its rate and its size allow.

@@ -40,6 +40,9 @@ type Path struct {
 	// path, constant for the whole run. No two paths of a run share one.
 	SrcPort  uint16
 	Canaries []Canary // in order of preference; empty: silence stays Unknown
+	// Host is the same of all paths to one host: a path with few canaries borrows the
+	// loss of the others, which it must not do from another host.
+	Host int
 }
 
 // Config is what [Sweep] needs.
