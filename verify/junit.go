@@ -8,24 +8,25 @@ import (
 )
 
 // WriteJUnit writes the report in the XML that CI systems read: a test suite for
-// each sweep, one for the views of restricted openings and one for the verdict. A
-// finding is a failure; a port of which nothing can be said is an error, so that
-// neither passes for success.
+// each sweep, one for the views of restricted openings, one for the [[expect]] tables
+// and one for the verdict. A finding is a failure; a port of which nothing can be said
+// is an error, so that neither passes for success; an [[expect]] that could not be
+// probed is skipped.
 func (r *Report) WriteJUnit(w io.Writer) error {
 	suites := r.junitSuites()
 	var b strings.Builder
 	b.WriteString("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n")
 	total := junitSuite{}
 	for _, s := range suites {
-		tests, failures, errs := s.counts()
+		tests, failures, errs, _ := s.counts()
 		total.tests += tests
 		total.failures += failures
 		total.errs += errs
 	}
 	fmt.Fprintf(&b, "<testsuites name=\"deadlight\" tests=\"%d\" failures=\"%d\" errors=\"%d\" time=\"%.3f\">\n", total.tests, total.failures, total.errs, r.Seconds)
 	for _, s := range suites {
-		tests, failures, errs := s.counts()
-		fmt.Fprintf(&b, "  <testsuite name=\"%s\" tests=\"%d\" failures=\"%d\" errors=\"%d\" skipped=\"0\" time=\"0\">\n", markup(s.name), tests, failures, errs)
+		tests, failures, errs, skipped := s.counts()
+		fmt.Fprintf(&b, "  <testsuite name=\"%s\" tests=\"%d\" failures=\"%d\" errors=\"%d\" skipped=\"%d\" time=\"0\">\n", markup(s.name), tests, failures, errs, skipped)
 		for _, c := range s.cases {
 			c.write(&b, s.name)
 		}
@@ -46,19 +47,22 @@ type junitCase struct {
 	name    string
 	failure string // what was found; "" is a success
 	unknown bool   // the failure is that nothing can be said
+	skipped string // why it was not tried; "": it was
 	text    string // for who reads on
 }
 
-func (s *junitSuite) counts() (tests, failures, errs int) {
+func (s *junitSuite) counts() (tests, failures, errs, skipped int) {
 	for _, c := range s.cases {
 		switch {
 		case c.failure != "" && c.unknown:
 			errs++
 		case c.failure != "":
 			failures++
+		case c.skipped != "":
+			skipped++
 		}
 	}
-	return len(s.cases), failures, errs
+	return len(s.cases), failures, errs, skipped
 }
 
 func (c *junitCase) write(b *strings.Builder, suite string) {
@@ -69,6 +73,9 @@ func (c *junitCase) write(b *strings.Builder, suite string) {
 			kind = "error"
 		}
 		fmt.Fprintf(b, "<%s message=\"%s\">%s</%s>", kind, markup(c.failure), markup(c.failure), kind)
+	}
+	if c.skipped != "" {
+		fmt.Fprintf(b, "<skipped message=\"%s\"/>", markup(c.skipped))
 	}
 	if c.text != "" {
 		fmt.Fprintf(b, "<system-out>%s</system-out>", markup(c.text))
@@ -125,6 +132,9 @@ func (r *Report) junitSuites() []*junitSuite {
 		if f.Rule != "" {
 			said += fmt.Sprintf(" (%s)", f.Rule)
 		}
+		if f.Expect != "" {
+			said += fmt.Sprintf(", [[expect]] at %s", f.Expect)
+		}
 		key := f.sweep()
 		if key == "" || f.Odd != "" {
 			key = "other"
@@ -137,6 +147,17 @@ func (r *Report) junitSuites() []*junitSuite {
 			c.failure = fmt.Sprintf("reachable: %s; silent: %s", v.Open, v.Silent)
 		}
 		suite("restricted").cases = append(suite("restricted").cases, c)
+	}
+	for i := range r.Expects {
+		x := &r.Expects[i]
+		c := junitCase{name: fmt.Sprintf("%s: %s is %s", x.Place, x.what(), x.Expected)}
+		switch x.Result {
+		case expectFailed, expectUnknown:
+			c.failure, c.unknown = fmt.Sprintf("observed %s: %s", x.Observed, x.Reason), x.Result == expectUnknown
+		case expectUnproved, expectUnprobed:
+			c.skipped = x.Result + ": " + x.Reason
+		}
+		suite("expect").cases = append(suite("expect").cases, c)
 	}
 	c := junitCase{name: r.Target, text: fmt.Sprintf("seen from %s, proof %s, %s\n%s", r.Vantage, r.Proof, r.conclusionText(), strings.Join(r.Notes, "\n"))}
 	if r.Verdict != Pass {

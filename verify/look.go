@@ -95,6 +95,14 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 		views, paths = append(views, v), append(paths, v.Path)
 		names, sources = append(names, dst.String()), append(sources, fmt.Sprintf("%s (%s)", src, link.Name))
 	}
+	asker := targetAsker{cfg: cfg, views: views, swept: len(views), ports: ports[len(views):]}
+	if err := asker.all(); err != nil {
+		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
+	}
+	views = asker.views
+	for _, v := range views[len(paths):] {
+		paths = append(paths, v.Path)
+	}
 	probe := Sweep
 	if cfg.Connect {
 		probe, cfg.Thorough = Connect, 0
@@ -103,12 +111,12 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
 	}
-	odd, err := lookOdd(ctx, cfg, views)
+	odd, err := lookOdd(ctx, cfg, views[:asker.swept])
 	if err != nil {
 		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
 	}
 	r := Judge(JudgeConfig{
-		Target: strings.Join(names, ", "), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: views, odd: odd,
+		Target: strings.Join(names, ", "), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: views, odd: odd, unasked: asker.left,
 	}, res)
 	if other := otherProtocols(cfg.Rules.Policy, nil); other != "" {
 		r.Notes = append(r.Notes, "not judged, whether what is listed gets in: "+other)
@@ -119,7 +127,7 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	if cfg.Connect {
 		r.Notes = append(r.Notes, ConnectNotes()...)
 	}
-	for i := range paths {
+	for i := range asker.swept {
 		if len(paths[i].Canaries) == 0 {
 			r.Notes = append(r.Notes, fmt.Sprintf("%s has no canary: the policy opens no TCP port to this machine and answers no echo; name one with --canary", paths[i].Dst))
 		}

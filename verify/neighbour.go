@@ -52,13 +52,30 @@ func ResolveLink(dst netip.Addr) (Link, netip.Addr, error) {
 	if !ok {
 		return Link{}, netip.Addr{}, fmt.Errorf("%v: %w: no source address", dst, ErrNoRoute)
 	}
+	link, err := linkOf(route, dst)
+	return link, src.Unmap(), err
+}
+
+// resolveLinkFrom is [ResolveLink] for what comes from another address of this machine.
+func resolveLinkFrom(dst, src netip.Addr) (Link, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	route, err := routeBy(dst, &netlink.RouteGetOptions{SrcAddr: src.AsSlice()})
+	if err != nil {
+		return Link{}, err
+	}
+	return linkOf(route, dst)
+}
+
+// linkOf is how frames to dst leave by a route.
+func linkOf(route netlink.Route, dst netip.Addr) (Link, error) {
 	dev, err := netlink.LinkByIndex(route.LinkIndex)
 	if err != nil {
-		return Link{}, netip.Addr{}, fmt.Errorf("interface %d: %w", route.LinkIndex, err)
+		return Link{}, fmt.Errorf("interface %d: %w", route.LinkIndex, err)
 	}
 	at := dev.Attrs()
 	if at.EncapType != "ether" || len(at.HardwareAddr) != 6 || at.RawFlags&unix.IFF_NOARP != 0 {
-		return Link{}, netip.Addr{}, fmt.Errorf("%v over %s: %w", dst, at.Name, ErrNotEthernet)
+		return Link{}, fmt.Errorf("%v over %s: %w", dst, at.Name, ErrNotEthernet)
 	}
 	hop := dst
 	if gw, ok := netip.AddrFromSlice(route.Gw); ok && !gw.Unmap().IsUnspecified() {
@@ -71,9 +88,9 @@ func ResolveLink(dst netip.Addr) (Link, netip.Addr, error) {
 	}
 	mac, err := neighbour(hop.WithZone(""), at)
 	if err != nil {
-		return Link{}, netip.Addr{}, err
+		return Link{}, err
 	}
-	return Link{Index: at.Index, Name: at.Name, Src: at.HardwareAddr, Dst: mac}, src.Unmap(), nil
+	return Link{Index: at.Index, Name: at.Name, Src: at.HardwareAddr, Dst: mac}, nil
 }
 
 // routeTo asks for the route of a packet to dst.
@@ -82,6 +99,11 @@ func routeTo(dst netip.Addr) (netlink.Route, error) {
 	if z := dst.Zone(); z != "" {
 		opts = &netlink.RouteGetOptions{Oif: z}
 	}
+	return routeBy(dst, opts)
+}
+
+// routeBy is routeTo with what else is known of the packet.
+func routeBy(dst netip.Addr, opts *netlink.RouteGetOptions) (netlink.Route, error) {
 	routes, err := netlink.RouteGetWithOptions(dst.AsSlice(), opts)
 	switch {
 	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH),

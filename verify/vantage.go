@@ -226,7 +226,7 @@ func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res 
 	}
 	r := Judge(JudgeConfig{
 		Target: "this host, " + strings.Join(targets, ", "), Vantage: "netns: " + strings.Join(vantages, ", "),
-		Rules: cfg.Rules, Views: o.Views, HostProof: proof,
+		Rules: cfg.Rules, Views: o.Views, HostProof: proof, unasked: o.unasked,
 	}, res)
 	for _, x := range left {
 		r.Notes = append(r.Notes, "not probed: "+x)

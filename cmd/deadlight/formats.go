@@ -111,8 +111,18 @@ func verification(r *verify.Report, at time.Time) []metricFamily {
 	}{{verify.Open, r.Counts.Open}, {verify.Closed, r.Counts.Closed}, {verify.Rejected, r.Counts.Rejected}, {verify.Filtered, r.Counts.Filtered}, {verify.Unknown, r.Counts.Unknown}} {
 		ports.samples = append(ports.samples, sample{float64(c.n), append(target[:2:2], "state", c.state.String())})
 	}
+	expects := metricFamily{kind: "gauge", name: "verify_expectations", help: "[[expect]] tables of the policy by what became of them."}
+	for _, result := range verify.ExpectResults() {
+		n := 0
+		for _, x := range r.Expects {
+			if x.Result == result {
+				n++
+			}
+		}
+		expects.samples = append(expects.samples, sample{float64(n), append(target[:2:2], "result", result)})
+	}
 	return []metricFamily{
-		verdicts, ports,
+		verdicts, ports, expects,
 		single("gauge", "verify_findings", "Ports that are not as the policy says, or of which nothing can be said.", float64(len(r.Findings)), target...),
 		single("gauge", "verify_missed_answer_probability", "Upper bound of the probability that a TCP answer was missed.", r.Bound, target...),
 		single("gauge", "verify_duration_seconds", "How long the probing took.", r.Seconds, target...),
