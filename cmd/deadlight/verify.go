@@ -24,6 +24,7 @@ type verifyFlags struct {
 	state     string // directory
 	selfTest  bool
 	report    reportFlags
+	changed   func(flag string) bool // it was given
 }
 
 // lookFlags say what is looked at, from wherever.
@@ -90,10 +91,11 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 			if err := checkThorough(c, &f.Thorough); err != nil {
 				return err
 			}
-			if err := f.ofTheOther(c); err != nil {
-				return err
-			}
+			f.changed = c.Flags().Changed
 			if len(f.Targets) > 0 {
+				if err := f.ofTheOther(true); err != nil {
+					return err
+				}
 				return verifyTargets(c.Context(), e, policyArg(args), f)
 			}
 			return verifyHere(c.Context(), e, policyArg(args), f)
@@ -116,12 +118,12 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 	return c
 }
 
-// ofTheOther refuses flags that mean nothing to the host that is probed: this one,
-// or that of --target.
-func (f *verifyFlags) ofTheOther(c *cobra.Command) error {
-	if len(f.Targets) == 0 {
+// ofTheOther refuses flags that mean nothing to how the host is probed: from itself,
+// or from afar, which is another machine, or this one at a --target.
+func (f *verifyFlags) ofTheOther(afar bool) error {
+	if !afar {
 		for _, name := range []string{"connect", thoroughFlag, "ssh-config"} {
-			if c.Flags().Changed(name) {
+			if f.changed(name) {
 				return usageError("deadlight verify --target ADDR, on another machine", "--%s is of a --target, and this is the host itself", name)
 			}
 		}
@@ -130,8 +132,14 @@ func (f *verifyFlags) ofTheOther(c *cobra.Command) error {
 	if f.vantage == "netns" {
 		return usageError("", "--vantage netns is of this host, and --target names another")
 	}
+	switch {
+	case len(f.Targets) == 0 && f.changed("proof"):
+		return usageError("--vantage netns", "--proof is of this host as it looks at itself, and the vantage is another machine")
+	case len(f.Targets) == 0:
+		return nil
+	}
 	for _, name := range []string{"textfile", "proof"} {
-		if c.Flags().Changed(name) {
+		if f.changed(name) {
 			return usageError("", "--%s is of this host, and --target names another", name)
 		}
 	}
