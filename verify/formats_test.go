@@ -187,6 +187,9 @@ func TestMarkup(t *testing.T) {
 // states, and nothing of what it quotes is run or taken for markup.
 func TestHTML(t *testing.T) {
 	r := shown()
+	for port := uint16(30001); port < 30100; port += 7 {
+		r.Findings = append(r.Findings, Finding{Family: "ipv6", Address: "2001:db8::1", Protocol: "udp", Port: port, Probe: "datagram from 2001:db8::9", Expected: "filtered", Observed: Closed, Reason: "port-unreachable", Interface: "eth0", source: "2001:db8::9"})
+	}
 	r.Since = &Since{Verdict: Pass, Changes: []StateChange{{"tcp4", Filtered, Open, "8192-8447"}}}
 	var page bytes.Buffer
 	if err := r.WriteHTML(&page, time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)); err != nil {
@@ -198,7 +201,7 @@ func TestHTML(t *testing.T) {
 		}
 	}
 	for _, want := range []string{"FAIL", "2026-01-02 03:04:05 UTC", "8192/tcp", "8193/tcp", "a note &amp; more", "ssh &lt;b&gt;", "not as it says", "2e-07",
-		"2 findings: reachable, though the policy does not open them", "1 port of which nothing can be said",
+		"17 findings: reachable, though the policy does not open them", "1 port of which nothing can be said",
 		"Tests of the policy: 1 of 5 expectations met (1 not probed, 1 unproved)", "p&lt;i&gt;.toml:11", "only those of TCP and UDP are sent"} {
 		if !strings.Contains(page.String(), want) {
 			t.Errorf("the page holds no %q", want)
@@ -243,9 +246,11 @@ func TestHTML(t *testing.T) {
 	if frame == 0 {
 		t.Error("no frame around a finding")
 	}
-	// Nothing sticks out on a telephone.
-	if got := laidOut(t, text, 400); got > 400 {
-		t.Errorf("the page is %d wide on a screen of 400", got)
+	// Nothing sticks out on a telephone, on paper or on a desk.
+	for _, width := range []int{400, 717, 1280} {
+		if got := laidOut(t, text, width); got > width {
+			t.Errorf("the page is %d wide on a screen of %d", got, width)
+		}
 	}
 	// The whole page, as a person sees it.
 	whole := screenshot(t, text, 1200, 1600)

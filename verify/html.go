@@ -179,7 +179,7 @@ func (p *page) row(classes []string, cells ...string) {
 			class = classes[i]
 		}
 		if c != "" || p.heads[i] == "" {
-			p.add("<td class=\"%s\" data-head=\"%s\">%s</td>", class, p.heads[i], c)
+			p.add("<td class=\"%s\" data-head=\"%s\">%s</td>", class, p.heads[i], raw(strings.ReplaceAll(markup(c), ",", ",<wbr>")))
 		} else {
 			p.add("<td class=\"none\"></td>")
 		}
