@@ -57,6 +57,9 @@ that proves each port of TCP and UDP. --proof packets does without it. Afterward
 the host is as it was, also when this command is killed; counters, meters of
 limits, and flows to open ports show that it ran. It needs root.
 
+With --vantage ssh://USER@HOST, or that as vantage in [verify] of the policy, that
+machine looks at the address of this host from which sshd there sees it come.
+
 With --target this machine is the outside of another host, or with --vantage
 ssh://USER@HOST that machine is. Silence there counts as filtered only while the
 path is proven alive by ports that must answer: a listed TCP port, echo, or
@@ -66,6 +69,10 @@ answer; the report says so. Probe only hosts that are yours.
 Behind the sweep of a --target follow adversarial probes (other flags, source
 ports, fragments, options, protocols); --thorough says how many. Those other than
 of TCP and UDP need --ports all.
+
+Each [[expect]] of the policy is sent from the address that it names, where that can
+be had: of this host strangers' addresses can, of a --target this machine's own. The
+report names those that could not be probed.
 
 The verdict about this host is kept: deadlight status shows it. --textfile FILE
 writes it for the textfile collector of node_exporter.
@@ -102,7 +109,7 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 		},
 	}
 	c.Flags().StringArrayVar(&f.Targets, "target", nil, "address of another host, repeatable (one per family)")
-	c.Flags().StringVar(&f.vantage, "vantage", "", "from where to look: netns, at this host, or ssh://USER@HOST:PORT, at a --target (default [verify] vantage of the policy)")
+	c.Flags().StringVar(&f.vantage, "vantage", "", "from where to look: netns, at this host, or ssh://USER@HOST:PORT, at this host or a --target (without --target default [verify] vantage of the policy)")
 	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration `FILE` for ssh, as of ssh -F")
 	c.Flags().StringVar(&f.proof, "proof", "host", "what proves this host: host (a tripwire on it) or packets (answers alone)")
 	addThorough(c, &f.Thorough)
