@@ -46,6 +46,8 @@ func ExpectResults() []string {
 	return []string{expectMet, expectFailed, expectUnknown, expectUnproved, expectUnprobed}
 }
 
+const tooMany = "there are too many sources to look from"
+
 // unasked is an [[expect]] that cannot be probed, and why.
 type unasked struct {
 	of  *rules.Expect
@@ -83,15 +85,20 @@ func newExpected(x *rules.Expect, why string) Expected {
 func unaskable(rs *rules.Ruleset, x *rules.Expect, swept Ports) string {
 	p := x.Packet
 	ports := swept.TCP
+	whole := len(swept.TCP) == 65535 && len(swept.UDP) == 65535
 	switch {
-	case p.Protocol != rules.TCP && p.Protocol != rules.UDP:
-		return "only those of TCP and UDP are sent"
+	case p.Protocol != rules.TCP && p.Protocol != rules.UDP && !isEcho(x):
+		return "only those of TCP, UDP and echo requests are sent"
 	case p.In == "lo":
 		return "nothing comes in by lo from outside"
 	case !usable(p.Src):
 		return "no packet from a wire may bear " + p.Src.String()
 	case rs.Policy.Default.Observe && x.State != rules.OutcomeOpen:
 		return "enforce = false: nothing is dropped"
+	case isEcho(x) && !whole:
+		return "echo requests are sent only where all ports are asked for"
+	case isEcho(x):
+		return ""
 	case p.Protocol == rules.UDP:
 		ports = swept.UDP
 	}
@@ -112,10 +119,24 @@ func standsFor(rs *rules.Ruleset, x *rules.Expect, in string, dst netip.Addr) bo
 	return a.Outcome == b.Outcome && a.Limited == b.Limited
 }
 
-// asks makes a view probe what an [[expect]] is about.
+// isEcho reports whether an [[expect]] is about an echo request.
+func isEcho(x *rules.Expect) bool {
+	return x.Packet.Protocol == rules.ICMPv4 || x.Packet.Protocol == rules.ICMPv6
+}
+
+// pathPort is probed beside an echo request, so that its silence can be told from
+// that of a dead path (discard, RFC 863).
+const pathPort = 9
+
+// asks makes a view probe what an [[expect]] is about. Of an echo request it proves
+// the path; echoView asks it.
 func (v *View) asks(x *rules.Expect) {
-	v.Expects = append(v.Expects, x)
 	port := []uint16{x.Packet.DstPort}
+	if isEcho(x) {
+		port[0] = pathPort
+	} else {
+		v.Expects = append(v.Expects, x)
+	}
 	switch {
 	case v.Sweep: // it probes every port that was asked for
 	case x.Packet.Protocol == rules.UDP:
@@ -123,6 +144,14 @@ func (v *View) asks(x *rules.Expect) {
 	default:
 		v.Path.TCP = union(v.Path.TCP, port)
 	}
+}
+
+// echoView asks by echo requests alone, from where another view looks.
+func echoView(beside *View, x *rules.Expect, port uint16) View {
+	v := View{In: beside.In, Path: beside.Path, Expects: []*rules.Expect{x}, echo: true}
+	v.Path.TCP, v.Path.UDP, v.Path.SrcPort = nil, nil, port
+	v.Path.Canaries = []Canary{{Kind: CanaryEcho}}
+	return v
 }
 
 // expects adds the views of every [[expect]].
@@ -178,9 +207,16 @@ func (b *outlookBuilder) expect(x *rules.Expect) (why string) {
 			v := b.view(in, p.Src, to)
 			if v == nil {
 				b.out.Unprobed = left // that counts what shows restricted rules
-				return "there are too many sources to look from"
+				return tooMany
 			}
 			v.asks(x)
+			if isEcho(x) {
+				if len(b.ports) == 0 {
+					return tooMany
+				}
+				b.out.Views = append(b.out.Views, echoView(v, x, b.ports[len(b.ports)-1]))
+				b.ports = b.ports[:len(b.ports)-1]
+			}
 			return ""
 		}
 	}
@@ -211,6 +247,8 @@ func (a *targetAsker) all() error {
 		x := &a.cfg.Rules.Policy.Expect[i]
 		why := unaskable(a.cfg.Rules, x, a.cfg.Ports)
 		switch in := x.Packet.In; {
+		case why == "" && isEcho(x) && a.cfg.Connect:
+			why = "connect(2) sends no echo requests"
 		case why != "" || in == "" || in == a.cfg.In:
 		case a.cfg.In == "":
 			why = "by which interface the probes enter is not known: name it with --in"
@@ -260,6 +298,13 @@ func (a *targetAsker) ask(x *rules.Expect) (why string, err error) {
 		}
 		v.asks(x)
 		asked = true
+		if isEcho(x) {
+			if len(a.ports) == 0 {
+				return tooMany, nil
+			}
+			a.views = append(a.views, echoView(v, x, a.ports[0]))
+			a.ports = a.ports[1:]
+		}
 	}
 	if asked {
 		return "", nil
@@ -274,7 +319,7 @@ func (a *targetAsker) view(t int, src netip.Addr) (*View, error) {
 		return &a.views[t], nil
 	}
 	for i := a.swept; i < len(a.views); i++ {
-		if p := &a.views[i].Path; p.Src == src && p.Dst == dst {
+		if p := &a.views[i].Path; p.Src == src && p.Dst == dst && !a.views[i].echo {
 			return &a.views[i], nil
 		}
 	}
@@ -305,10 +350,16 @@ func (j *judge) expects(v *View, seen map[Target]sight, res *PathResult) {
 		e := newExpected(x, "")
 		e.To, e.Interface = v.Path.Dst.String(), v.In
 		s, probed := seen[Target{x.Packet.Protocol, x.Packet.DstPort}]
-		if !probed {
+		if !probed && !isEcho(x) {
 			e.Reason = "it is not among the ports that were asked for"
 			j.report.Expects = append(j.report.Expects, e)
 			continue
+		}
+		if isEcho(x) {
+			s.answer = j.echo(v, res)
+			p := x.Packet
+			p.Dst = v.Path.Dst
+			s.said = newExpecter(j.cfg.Rules, v).decide(p)
 		}
 		silentUDP := x.Packet.Protocol == rules.UDP && s.answer.State == Filtered && !s.exact
 		if silentUDP && j.cfg.HostProof != nil {
@@ -317,6 +368,8 @@ func (j *judge) expects(v *View, seen map[Target]sight, res *PathResult) {
 		e.Observed, e.Reason = s.answer.State, s.answer.Reason.String()
 		met := Expectation{Outcome: x.State}.agrees(s.answer, x.Packet.Protocol)
 		switch {
+		case isEcho(x) && s.answer.State != Open && x.State == rules.OutcomeRejected:
+			e.Result, e.Reason = expectUnproved, "nobody listened for what refuses an echo request"
 		case s.answer.State == Unknown:
 			e.Result = expectUnknown
 		case silentUDP && (met || x.State == rules.OutcomeOpen):
@@ -333,6 +386,24 @@ func (j *judge) expects(v *View, seen map[Target]sight, res *PathResult) {
 			j.expectFinding(v, x, s, res)
 		}
 	}
+}
+
+// echo says what a view of echo requests showed. Their silence is worth what the view
+// beside proves of the path.
+func (j *judge) echo(v *View, res *PathResult) Answer {
+	if res.Alive || res.CanariesLost < res.CanariesSent {
+		return Answer{Open, ICMPReply}
+	}
+	for i := range j.cfg.Views {
+		w := &j.cfg.Views[i]
+		if w.echo || w.In != v.In || w.Path.Src != v.Path.Src || w.Path.Dst != v.Path.Dst {
+			continue
+		}
+		if r := &j.res.Paths[i]; r.Alive || r.ArrivedTCP {
+			return Answer{Filtered, NoResponse}
+		}
+	}
+	return Answer{Unknown, PathNotProven}
 }
 
 // sight is what one port showed.
@@ -357,7 +428,11 @@ func (j *judge) expectFinding(v *View, x *rules.Expect, s sight, res *PathResult
 		}
 	}
 	j.finding(v, familyOf(v.Path.Dst), proto, port, s.answer, Expectation{Outcome: x.State}, res)
-	j.report.Findings[len(j.report.Findings)-1].Expect = place
+	f := &j.report.Findings[len(j.report.Findings)-1]
+	f.Expect = place
+	if isEcho(x) {
+		f.Probe = strings.Replace(f.Probe, "syn", "echo request", 1)
+	}
 }
 
 // unasked lists those that were not probed, and puts all into the order of the policy.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -58,6 +59,10 @@ state = "filtered"
 from = "127.0.0.1"
 port = "22/tcp"
 state = "filtered"
+[[expect]]
+from = "198.51.100.9"
+port = "icmp"
+state = "open"
 `
 
 // expectLines writes what became of each [[expect]].
@@ -92,8 +97,9 @@ func TestRehearseExpects(t *testing.T) {
 		"policy.toml:22 met: 2222/tcp from 198.51.100.9 to 203.0.113.77 by wg0 open: open: syn-ack",
 		"policy.toml:27 met: 2222/tcp from 198.51.100.9 to 203.0.113.77 by eth0 filtered: filtered: no response",
 		"policy.toml:31 met: 22/tcp from 198.51.100.9 to 203.0.113.10 by eth0 filtered: filtered: no response",
-		"policy.toml:36 unprobed: gre from 198.51.100.9 filtered: unknown: only those of TCP and UDP are sent",
+		"policy.toml:36 unprobed: gre from 198.51.100.9 filtered: unknown: only those of TCP, UDP and echo requests are sent",
 		"policy.toml:40 unprobed: 22/tcp from 127.0.0.1 filtered: unknown: no packet from a wire may bear 127.0.0.1",
+		"policy.toml:44 met: icmp from 198.51.100.9 to 203.0.113.77 by eth0 open: open: icmp reply",
 	}
 	r := rehearse(t, RehearseConfig{Rules: rs, Load: loadText(t, compiled(t, rs)), sweep: few})
 	if d := cmp.Diff(want, expectLines(r)); d != "" {
@@ -105,8 +111,8 @@ func TestRehearseExpects(t *testing.T) {
 	}
 	for _, line := range []string{
 		"  ok   [[expect]] at policy.toml:14: 5432/tcp from 198.51.100.9 to 203.0.113.77 by eth0 is filtered\n",
-		"  note not probed: [[expect]] at policy.toml:36, gre from 198.51.100.9: only those of TCP and UDP are sent\n",
-		" as the policy says, 6 of 8 expectations met (2 not probed), ",
+		"  note not probed: [[expect]] at policy.toml:36, gre from 198.51.100.9: only those of TCP, UDP and echo requests are sent\n",
+		" as the policy says, 7 of 9 expectations met (2 not probed), ",
 	} {
 		if !strings.Contains(said, line) {
 			t.Errorf("no %q in\n%s", line, said)
@@ -131,7 +137,7 @@ func TestRehearseExpects(t *testing.T) {
 		t.Errorf("verdict %s, findings of %q:\n%s", r.Verdict, found, text(t, r))
 	}
 	said = text(t, r)
-	for _, line := range []string{"  FAIL  5432/tcp  open      expected filtered, [[expect]] at policy.toml:14  ", " expected open, \"ssh\", [[expect]] at policy.toml:10  ", ", 4 of 8 expectations met (2 not probed), "} {
+	for _, line := range []string{"  FAIL  5432/tcp  open      expected filtered, [[expect]] at policy.toml:14  ", " expected open, \"ssh\", [[expect]] at policy.toml:10  ", ", 5 of 9 expectations met (2 not probed), "} {
 		if !strings.Contains(said, line) {
 			t.Errorf("no %q in\n%s", line, said)
 		}
@@ -178,12 +184,13 @@ state = "filtered"
 		"policy.toml:22 met: 2222/tcp from 198.51.100.9 to 203.0.113.10 by wg0 open: closed: rst",
 		"policy.toml:27 met: 2222/tcp from 198.51.100.9 to 203.0.113.10 by eth0 filtered: filtered: no response",
 		"policy.toml:31 met: 22/tcp from 198.51.100.9 to 203.0.113.10 by eth0 filtered: filtered: no response",
-		"policy.toml:36 unprobed: gre from 198.51.100.9 filtered: unknown: only those of TCP and UDP are sent",
+		"policy.toml:36 unprobed: gre from 198.51.100.9 filtered: unknown: only those of TCP, UDP and echo requests are sent",
 		"policy.toml:40 unprobed: 22/tcp from 127.0.0.1 filtered: unknown: no packet from a wire may bear 127.0.0.1",
-		"policy.toml:45 unprobed: 80/tcp from 203.0.113.10 open: unknown: 203.0.113.10 is an address of this host itself",
-		"policy.toml:49 unprobed: 80/tcp from 198.51.100.9 by ppp0 open: unknown: no interface ppp0 is up with a carrier and an address",
-		"policy.toml:54 unprobed: 80/tcp from 198.51.100.9 to 192.0.2.50 open: unknown: 192.0.2.50 is no address of this host at which it can be probed",
-		"policy.toml:59 unprobed: 50000/tcp from 198.51.100.9 filtered: unknown: it is not among the ports that were asked for",
+		"policy.toml:44 unprobed: icmp from 198.51.100.9 open: unknown: echo requests are sent only where all ports are asked for",
+		"policy.toml:49 unprobed: 80/tcp from 203.0.113.10 open: unknown: 203.0.113.10 is an address of this host itself",
+		"policy.toml:53 unprobed: 80/tcp from 198.51.100.9 by ppp0 open: unknown: no interface ppp0 is up with a carrier and an address",
+		"policy.toml:58 unprobed: 80/tcp from 198.51.100.9 to 192.0.2.50 open: unknown: 192.0.2.50 is no address of this host at which it can be probed",
+		"policy.toml:63 unprobed: 50000/tcp from 198.51.100.9 filtered: unknown: it is not among the ports that were asked for",
 	}
 	w := furnished(t, compiled(t, rs), "2")
 	before := asItIs(t, w)
@@ -194,7 +201,7 @@ state = "filtered"
 	if d := cmp.Diff(want, expectLines(r)); d != "" {
 		t.Error(d)
 	}
-	if r.Verdict != Pass || !strings.Contains(text(t, r), ", 6 of 12 expectations met (6 not probed), ") {
+	if r.Verdict != Pass || !strings.Contains(text(t, r), ", 6 of 13 expectations met (7 not probed), ") {
 		t.Errorf("verdict %s:\n%s", r.Verdict, text(t, r))
 	}
 
@@ -294,8 +301,9 @@ func TestLookExpects(t *testing.T) {
 		"policy.toml:27 unprobed: 2222/tcp from 198.51.100.9 filtered: unknown: the policy decides otherwise to 203.0.113.10, or by some interface, than to one that no rule names: " +
 			"say which is meant with in and to, and by which the probes enter with --in",
 		"policy.toml:31 met: 22/tcp from 198.51.100.9 to 203.0.113.10 filtered: filtered: no response",
-		"policy.toml:36 unprobed: gre from 198.51.100.9 filtered: unknown: only those of TCP and UDP are sent",
+		"policy.toml:36 unprobed: gre from 198.51.100.9 filtered: unknown: only those of TCP, UDP and echo requests are sent",
 		"policy.toml:40 unprobed: 22/tcp from 127.0.0.1 filtered: unknown: no packet from a wire may bear 127.0.0.1",
+		"policy.toml:44 unprobed: icmp from 198.51.100.9 open: unknown: echo requests are sent only where all ports are asked for",
 	}
 	r := look(t, compiled(t, rs), "")
 	if d := cmp.Diff(want, expectLines(r)); d != "" || r.Verdict != Pass {
@@ -320,5 +328,54 @@ func TestExpectObserved(t *testing.T) {
 	rs.Policy.Expect[0].State = rules.OutcomeOpen
 	if why := unaskable(rs, &rs.Policy.Expect[0], Ports{TCP: allPorts()}); why != "" {
 		t.Error(why)
+	}
+}
+
+// The silence of an echo request is told from that of a dead path by what else comes
+// from the same address.
+func TestExpectEcho(t *testing.T) {
+	rs := compileText(t, `[icmp]
+echo = false
+[open.web]
+ports = 80
+from = "10.0.0.0/8"
+[[expect]]
+from = "198.51.100.9"
+port = "icmp"
+state = "filtered"
+[[expect]]
+from = "2001:db8:99::9"
+port = "icmpv6"
+state = "filtered"
+[[expect]]
+from = "10.1.2.3"
+port = "icmp"
+state = "filtered"
+`)
+	want := func(to4, to6, result, observed, reason string) []string {
+		return []string{
+			"policy.toml:7 " + result + ": icmp from 198.51.100.9 to " + to4 + " by eth0 filtered: " + observed + ": " + reason,
+			"policy.toml:11 met: icmpv6 from 2001:db8:99::9 to " + to6 + " by eth0 filtered: filtered: no response",
+			"policy.toml:15 met: icmp from 10.1.2.3 to " + to4 + " by eth0 filtered: filtered: no response",
+		}
+	}
+	hole := compiled(t, rs) + "insert rule inet deadlight gate ip saddr 198.51.100.9 icmp type echo-request accept\ninsert rule inet deadlight backstop_in ip saddr 198.51.100.9 icmp type echo-request accept\n"
+	few := Ports{allPorts()[:100], allPorts()[:100]}
+	r := rehearse(t, RehearseConfig{Rules: rs, Load: loadText(t, compiled(t, rs)), sweep: few})
+	if d := cmp.Diff(want("203.0.113.77", "2001:db8:77::77", "met", "filtered", "no response"), expectLines(r)); d != "" || r.Verdict != Pass {
+		t.Errorf("%s\nverdict %s:\n%s", d, r.Verdict, text(t, r))
+	}
+	r = rehearse(t, RehearseConfig{Rules: rs, Load: loadText(t, hole), sweep: few})
+	if d := cmp.Diff(want("203.0.113.77", "2001:db8:77::77", "failed", "open", "icmp reply"), expectLines(r)); d != "" || r.Verdict != Fail {
+		t.Errorf("%s\nverdict %s:\n%s", d, r.Verdict, text(t, r))
+	}
+	if said := text(t, r); !regexp.MustCompile(`(?m)^  FAIL  icmp +open +expected filtered, \[\[expect\]\] at policy.toml:7 +icmp reply +from 198.51.100.9 by eth0 *$`).MatchString(said) {
+		t.Errorf("no finding of the echo request:\n%s", said)
+	}
+
+	all := Ports{allPorts(), allPorts()}
+	r = lookAt(t, furnished(t, hole, "2"), HostConfig{Rules: rs, Ports: all})
+	if d := cmp.Diff(want("203.0.113.10", "2001:db8:77::10", "failed", "open", "icmp reply"), expectLines(r)); d != "" || r.Verdict != Fail || len(r.Findings) != 1 {
+		t.Errorf("%s\nverdict %s:\n%s", d, r.Verdict, text(t, r))
 	}
 }

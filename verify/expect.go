@@ -21,6 +21,8 @@ type View struct {
 	Shows []Shown
 	// Expects are the [[expect]] tables of the policy that the view is to show.
 	Expects []*rules.Expect
+
+	echo bool // it asks by echo requests alone
 }
 
 // Shown is what a [View] shows of one restricted rule.

@@ -125,6 +125,9 @@ func (r *Report) junitSuites() []*junitSuite {
 	for i := range r.Findings {
 		f := &r.Findings[i]
 		name := fmt.Sprintf("%d/%s", f.Port, f.Protocol)
+		if f.Port == 0 && f.Expect != "" {
+			name = f.Protocol
+		}
 		if f.Probe != "" {
 			name += fmt.Sprintf(" at %s: %s", f.Address, f.Probe)
 		}

@@ -81,6 +81,9 @@ func (b *outlookBuilder) views(sweep Ports) {
 	}
 	for i := range b.out.Views {
 		v := &b.out.Views[i]
+		if v.echo {
+			continue
+		}
 		v.Path.TCP, v.Path.UDP = among(v.Path.TCP, sweep.TCP), among(v.Path.UDP, sweep.UDP)
 		for j := range v.Shows {
 			v.Shows[j].TCP, v.Shows[j].UDP = among(v.Shows[j].TCP, sweep.TCP), among(v.Shows[j].UDP, sweep.UDP)

@@ -161,7 +161,7 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 	if cfg.HostProof != nil {
 		r.Proof = "host"
 	}
-	j := judge{cfg: cfg, report: r, either: map[string][]uint16{}, limited: map[string][]uint16{}, admitted: map[string]bool{}, silent: map[string][]uint16{}}
+	j := judge{cfg: cfg, res: res, report: r, either: map[string][]uint16{}, limited: map[string][]uint16{}, admitted: map[string]bool{}, silent: map[string][]uint16{}}
 	for i := range cfg.Views {
 		j.view(&cfg.Views[i], &res.Paths[i])
 		if j.inexact || cfg.HostProof == nil {
@@ -172,7 +172,7 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 				r.Notes = append(r.Notes, note)
 			}
 		}
-		if v := &cfg.Views[i]; !v.Sweep && (len(v.Shows) > 0 || len(v.Expects) == 0) {
+		if v := &cfg.Views[i]; !v.Sweep && len(v.Shows) > 0 {
 			r.views++
 		}
 	}
@@ -231,6 +231,7 @@ func (j *judge) neverAdmitted() {
 
 type judge struct {
 	cfg      JudgeConfig
+	res      *Result
 	report   *Report
 	unproved int  // UDP ports whose silence nothing but the path vouches for
 	before   int  // findings of earlier views
@@ -489,7 +490,7 @@ func (l *foldedFinding) ends() (ports, from string) {
 	if f.Interface != "" {
 		from += " by " + f.Interface
 	}
-	if f.Odd != "" && f.Port == 0 {
+	if f.Port == 0 && (f.Odd != "" || f.Expect != "") {
 		return f.Protocol, from
 	}
 	return shorten(Ranges(l.ports), 60) + "/" + f.Protocol, from

@@ -159,7 +159,7 @@ func hostOutlook(cfg HostConfig, s *surroundings) (o *Outlook, left []string, er
 	}
 	b.views(cfg.Ports)
 	left = append(left, b.unseen()...)
-	b.out.Views = slices.DeleteFunc(b.out.Views, func(v View) bool { return len(v.Path.TCP)+len(v.Path.UDP) == 0 })
+	b.out.Views = slices.DeleteFunc(b.out.Views, func(v View) bool { return len(v.Path.TCP)+len(v.Path.UDP) == 0 && !v.echo })
 	return &b.out, left, nil
 }
 
