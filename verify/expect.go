@@ -19,6 +19,10 @@ type View struct {
 	Sweep bool
 	// Shows are the restricted rules that the view looks at.
 	Shows []Shown
+	// Expects are the [[expect]] tables of the policy that the view is to show.
+	Expects []*rules.Expect
+
+	echo bool // it asks by echo requests alone
 }
 
 // Shown is what a [View] shows of one restricted rule.

@@ -6,6 +6,7 @@ import (
 	"encoding/xml"
 	"errors"
 	"fmt"
+	"html"
 	"image"
 	"image/color"
 	"image/png"
@@ -13,6 +14,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -38,10 +41,17 @@ func shown() *Report {
 			{Rule: "ssh <b>", Interface: "eth0", From: "11.0.0.1", To: "192.0.2.1", Place: "beside", Open: "22/tcp"},
 		},
 		Findings: []Finding{
-			{Family: "ipv4", Address: "192.0.2.1", Protocol: "tcp", Port: 8192, Probe: "syn from 192.0.2.9", Expected: "filtered", Observed: Open, Reason: "syn-ack", source: "192.0.2.9"},
+			{Family: "ipv4", Address: "192.0.2.1", Protocol: "tcp", Port: 8192, Probe: "syn from 192.0.2.9", Expected: "filtered", Observed: Open, Reason: "syn-ack", Expect: "p<i>.toml:11", source: "192.0.2.9"},
 			{Family: "ipv4", Address: "192.0.2.1", Protocol: "tcp", Port: 8193, Probe: "syn from 192.0.2.9", Expected: "filtered", Observed: Open, Reason: "syn-ack", source: "192.0.2.9"},
 			{Family: "ipv4", Address: "192.0.2.1", Protocol: "tcp", Port: 62001, Probe: "syn from 192.0.2.9", Expected: "filtered", Observed: Unknown, Reason: "path not proven", source: "192.0.2.9"},
 			{Protocol: "tcp", Port: 81, Expected: "open", Observed: Filtered, Reason: "no probe of this limited opening passed", Rule: "limited"},
+		},
+		Expects: []Expected{
+			{Place: "p<i>.toml:7", Port: "22/tcp", From: "10.0.0.1", To: "192.0.2.1", Expected: "open", Observed: Closed, Result: "met", Reason: "rst"},
+			{Place: "p<i>.toml:11", Port: "8192/tcp", From: "192.0.2.9", To: "192.0.2.1", Interface: "eth0", Expected: "filtered", Observed: Open, Result: "failed", Reason: "syn-ack"},
+			{Place: "p<i>.toml:15", Port: "25/tcp", From: "192.0.2.8", To: "192.0.2.1", Expected: "filtered", Result: "unknown", Reason: "path not proven"},
+			{Place: "p<i>.toml:19", Port: "53/udp", From: "192.0.2.9", To: "192.0.2.1", Expected: "filtered", Observed: Filtered, Result: "unproved", Reason: "no response"},
+			{Place: "p<i>.toml:23", Port: "gre", From: "192.0.2.9", Expected: "open", Result: "unprobed", Reason: "only those of TCP and UDP are sent"},
 		},
 		Notes: []string{"a note & more"},
 	}
@@ -58,6 +68,7 @@ type junitFile struct {
 		Tests    int    `xml:"tests,attr"`
 		Failures int    `xml:"failures,attr"`
 		Errors   int    `xml:"errors,attr"`
+		Skipped  int    `xml:"skipped,attr"`
 		Cases    []struct {
 			Class   string `xml:"classname,attr"`
 			Name    string `xml:"name,attr"`
@@ -67,6 +78,9 @@ type junitFile struct {
 			Error *struct {
 				Message string `xml:"message,attr"`
 			} `xml:"error"`
+			Skipped *struct {
+				Message string `xml:"message,attr"`
+			} `xml:"skipped"`
 		} `xml:"testcase"`
 	} `xml:"testsuite"`
 }
@@ -83,6 +97,7 @@ func TestJUnit(t *testing.T) {
 	var got []string
 	failures, errs, tests := 0, 0, 0
 	for _, s := range f.Suites {
+		skipped := 0
 		for _, c := range s.Cases {
 			tests++
 			line := s.Name + ": " + c.Name
@@ -93,8 +108,14 @@ func TestJUnit(t *testing.T) {
 			case c.Error != nil:
 				errs++
 				line += " ERROR " + c.Error.Message
+			case c.Skipped != nil:
+				skipped++
+				line += " SKIPPED " + c.Skipped.Message
 			}
 			got = append(got, line)
+		}
+		if s.Skipped != skipped {
+			t.Errorf("%s says that it skipped %d of %d", s.Name, s.Skipped, skipped)
 		}
 	}
 	want := []string{
@@ -103,14 +124,19 @@ func TestJUnit(t *testing.T) {
 		"tcp4: 22/tcp is reachable: ssh <b>, open",
 		"tcp4: 16512/tcp is reachable: middle, closed",
 		"tcp4: ports that nothing lists FAILED 3 ports are not as the policy says",
-		"tcp4: 8192/tcp at 192.0.2.1: syn from 192.0.2.9 FAILED expected filtered, observed open: syn-ack",
+		"tcp4: 8192/tcp at 192.0.2.1: syn from 192.0.2.9 FAILED expected filtered, observed open: syn-ack, [[expect]] at p<i>.toml:11",
 		"tcp4: 8193/tcp at 192.0.2.1: syn from 192.0.2.9 FAILED expected filtered, observed open: syn-ack",
 		"tcp4: 62001/tcp at 192.0.2.1: syn from 192.0.2.9 ERROR expected filtered, observed unknown: path not proven",
 		"udp6: ports that nothing lists",
 		"other: 81/tcp FAILED expected open, observed filtered: no probe of this limited opening passed (limited)",
 		"restricted: ssh <b> from 10.0.0.1 to 192.0.2.1 by eth0 (inside)",
 		"restricted: ssh <b> from 11.0.0.1 to 192.0.2.1 by eth0 (beside) FAILED reachable: 22/tcp; silent: ",
-		"verdict: 192.0.2.1 </title><script>alert(1)</script> FAILED FAIL: 3 findings in 0 ports, 1.3s",
+		"expect: p<i>.toml:7: 22/tcp from 10.0.0.1 to 192.0.2.1 is open",
+		"expect: p<i>.toml:11: 8192/tcp from 192.0.2.9 to 192.0.2.1 by eth0 is filtered FAILED observed open: syn-ack",
+		"expect: p<i>.toml:15: 25/tcp from 192.0.2.8 to 192.0.2.1 is filtered ERROR observed unknown: path not proven",
+		"expect: p<i>.toml:19: 53/udp from 192.0.2.9 to 192.0.2.1 is filtered SKIPPED unproved: no response",
+		"expect: p<i>.toml:23: gre from 192.0.2.9 is open SKIPPED unprobed: only those of TCP and UDP are sent",
+		"verdict: 192.0.2.1 </title><script>alert(1)</script> FAILED FAIL: 3 findings in 0 ports, 1 of 5 expectations met (1 not probed, 1 unproved), 1.3s",
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
@@ -139,7 +165,7 @@ print(x.tests, x.failures, x.errors, len([c for s in x for c in s if c.result]))
 	if err != nil {
 		t.Fatalf("install python3-junitparser, or use .ci/test: %v\n%s", err, got)
 	}
-	if string(got) != "13 6 1 7\n" {
+	if string(got) != "18 7 2 11\n" {
 		t.Errorf("it reads %s", got)
 	}
 }
@@ -161,6 +187,9 @@ func TestMarkup(t *testing.T) {
 // states, and nothing of what it quotes is run or taken for markup.
 func TestHTML(t *testing.T) {
 	r := shown()
+	for port := uint16(30001); port < 30100; port += 7 {
+		r.Findings = append(r.Findings, Finding{Family: "ipv6", Address: "2001:db8::1", Protocol: "udp", Port: port, Probe: "datagram from 2001:db8::9", Expected: "filtered", Observed: Closed, Reason: "port-unreachable", Interface: "eth0", source: "2001:db8::9"})
+	}
 	r.Since = &Since{Verdict: Pass, Changes: []StateChange{{"tcp4", Filtered, Open, "8192-8447"}}}
 	var page bytes.Buffer
 	if err := r.WriteHTML(&page, time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)); err != nil {
@@ -171,7 +200,9 @@ func TestHTML(t *testing.T) {
 			t.Errorf("the page holds %q", banned)
 		}
 	}
-	for _, want := range []string{"FAIL", "2026-01-02 03:04:05 UTC", "8192-8193/tcp", "a note &amp; more", "ssh &lt;b&gt;", "not as it says", "2e-07"} {
+	for _, want := range []string{"FAIL", "2026-01-02 03:04:05 UTC", "8192/tcp", "8193/tcp", "a note &amp; more", "ssh &lt;b&gt;", "not as it says", "2e-07",
+		"17 findings: reachable, though the policy does not open them", "1 port of which nothing can be said",
+		"Tests of the policy: 1 of 5 expectations met (1 not probed, 1 unproved)", "p&lt;i&gt;.toml:11", "only those of TCP and UDP are sent"} {
 		if !strings.Contains(page.String(), want) {
 			t.Errorf("the page holds no %q", want)
 		}
@@ -190,8 +221,8 @@ func TestHTML(t *testing.T) {
 	}
 	wrong := 0
 	for port, state := range states {
-		if near(port, r.Openings) {
-			continue // their ring is drawn over it
+		if near(port, r) {
+			continue // a ring is drawn over it
 		}
 		x, y := int(port&255)*scale+scale/2, int(port>>8)*scale+scale/2
 		if got := color.RGBAModel.Convert(img.At(x, y)); got != colours[state] {
@@ -204,6 +235,22 @@ func TestHTML(t *testing.T) {
 	ring := color.RGBAModel.Convert(img.At(126*scale, 66*scale))
 	if ring == colours[Closed] || ring == colours[Filtered] {
 		t.Errorf("no ring around a listed port: %v", ring)
+	}
+	// The frame around a finding.
+	frame := 0
+	for x := range 16 * scale {
+		if got := color.RGBAModel.Convert(img.At(x, 29*scale)); got == (color.RGBA{0xff, 0x17, 0x44, 255}) {
+			frame++
+		}
+	}
+	if frame == 0 {
+		t.Error("no frame around a finding")
+	}
+	// Nothing sticks out on a telephone, on paper or on a desk.
+	for _, width := range []int{400, 717, 1280} {
+		if got := laidOut(t, text, width); got > width {
+			t.Errorf("the page is %d wide on a screen of %d", got, width)
+		}
 	}
 	// The whole page, as a person sees it.
 	whole := screenshot(t, text, 1200, 1600)
@@ -218,15 +265,49 @@ func TestHTML(t *testing.T) {
 	}
 }
 
-// near reports whether the ring of a listed port may touch the cell of a port.
-func near(port uint16, openings []Opening) bool {
-	for _, o := range openings {
-		dx, dy := int(port&255)-int(o.Port&255), int(port>>8)-int(o.Port>>8)
-		if max(dx, -dx) <= 4 && max(dy, -dy) <= 4 {
+// near reports whether the ring of a listed port or of a finding may touch the cell
+// of a port.
+func near(port uint16, r *Report) bool {
+	var ringed []uint16
+	for _, o := range r.Openings {
+		ringed = append(ringed, o.Port)
+	}
+	for _, f := range r.Findings {
+		ringed = append(ringed, f.Port)
+	}
+	for _, at := range ringed {
+		dx, dy := int(port&255)-int(at&255), int(port>>8)-int(at>>8)
+		if max(dx, -dx) <= 5 && max(dy, -dy) <= 5 {
 			return true
 		}
 	}
 	return false
+}
+
+// laidOut says how wide a page is when its window has some width.
+func laidOut(t *testing.T, page string, width int) int {
+	t.Helper()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "outer.html")
+	outer := fmt.Sprintf(`<!doctype html><iframe id=f style="width:%dpx;height:900px;border:0" srcdoc="%s"></iframe>
+<script>document.getElementById("f").onload=function(){document.body.id="wide"+this.contentDocument.documentElement.scrollWidth}</script>`, width, html.EscapeString(page))
+	if err := os.WriteFile(file, []byte(outer), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--user-data-dir="+filepath.Join(dir, "profile"),
+		"--dump-dom", "file://"+file).Output()
+	if err != nil {
+		t.Fatalf("install chromium, or use .ci/test: %v", err)
+	}
+	found := regexp.MustCompile(`<body id="wide(\d+)"`).FindSubmatch(out)
+	if found == nil {
+		t.Fatalf("the page was not laid out:\n%.500s", out)
+	}
+	n, err := strconv.Atoi(string(found[1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 func screenshot(t *testing.T, page string, width, height int) image.Image {

@@ -116,7 +116,7 @@ func (m *many) nextGroup(first int) (next, ports int) {
 
 // hostViews are the views of a host in a group.
 type hostViews struct {
-	views   []View
+	asker   targetAsker
 	first   int      // of the group's paths
 	outside []string // how this machine reaches it, for people
 	missing []string // why it does not reach some of its addresses
@@ -138,6 +138,7 @@ func (m *many) group(ctx context.Context, first, next, ports int) error {
 	for i := range hosts {
 		h, own := &m.cfg.Hosts[first+i], &hosts[i]
 		own.first = len(paths)
+		own.asker.cfg = m.look(h)
 		for _, dst := range h.Targets {
 			w := ways[0]
 			ways = ways[1:]
@@ -145,10 +146,18 @@ func (m *many) group(ctx context.Context, first, next, ports int) error {
 				own.missing = append(own.missing, w.err.Error())
 				continue
 			}
-			v := lookView(h.Rules, &m.cfg, dst, w, free[len(paths)])
-			v.Path.Host = i
-			own.views, paths = append(own.views, v), append(paths, v.Path)
+			own.asker.views = append(own.asker.views, lookView(h.Rules, &m.cfg, dst, w, free[0]))
+			free = free[1:]
 			own.outside = append(own.outside, fmt.Sprintf("%s (%s)", w.src, w.link.Name))
+		}
+		own.asker.swept = len(own.asker.views)
+		spare := len(free) - len(ways) // the hosts behind this one need theirs
+		own.asker.ports = free[:spare]
+		own.asker.all()
+		free = free[spare-len(own.asker.ports):]
+		for k := range own.asker.views {
+			own.asker.views[k].Path.Host = i
+			paths = append(paths, own.asker.views[k].Path)
 		}
 	}
 	res := &Result{Bound: 1}
@@ -196,7 +205,7 @@ func (m *many) group(ctx context.Context, first, next, ports int) error {
 
 // judge makes the report of one host of a group, whose odd probes are sent now.
 func (m *many) judge(ctx context.Context, h *Host, own *hostViews, res *Result, took time.Duration) (*Report, error) {
-	seen := &Result{Paths: res.Paths[own.first : own.first+len(own.views)], Elapsed: took}
+	seen := &Result{Paths: res.Paths[own.first : own.first+len(own.asker.views)], Elapsed: took}
 	alive := false
 	for i := range seen.Paths {
 		p := &seen.Paths[i]
@@ -207,18 +216,14 @@ func (m *many) judge(ctx context.Context, h *Host, own *hostViews, res *Result, 
 	if !alive {
 		seen.Bound = 1
 	}
-	look := LookConfig{Rules: h.Rules, Targets: h.Targets, Ports: m.cfg.Ports, In: m.cfg.In, MaxRate: m.cfg.MaxRate, Thorough: h.Thorough, Connect: m.cfg.Connect}
-	if look.Connect {
-		look.Thorough = 0
-	}
 	var beside *odd
 	if alive { // else they would prove nothing, and cost seconds
 		var err error
-		if beside, err = lookOdd(ctx, look, own.views); err != nil {
+		if beside, err = lookOdd(ctx, own.asker.cfg, own.asker.views[:own.asker.swept]); err != nil {
 			return nil, fmt.Errorf("look at %s: %w", names(h.Targets), err)
 		}
 	}
-	r := lookReport(look, own.views, own.outside, seen, beside)
+	r := lookReport(&own.asker, own.outside, seen, beside)
 	m.sent += r.Probes - seen.Probes
 	for _, why := range own.missing {
 		r.Notes = append(r.Notes, "not probed: "+why)
@@ -227,6 +232,18 @@ func (m *many) judge(ctx context.Context, h *Host, own *hostViews, res *Result, 
 		}
 	}
 	return r, nil
+}
+
+// look is how a host is looked at if it were the only one.
+func (m *many) look(h *Host) LookConfig {
+	c := LookConfig{
+		Rules: h.Rules, Targets: h.Targets, Ports: m.cfg.Ports, Canaries: m.cfg.Canaries, In: m.cfg.In, MaxRate: m.cfg.MaxRate,
+		Thorough: h.Thorough, Connect: m.cfg.Connect,
+	}
+	if c.Connect {
+		c.Thorough = 0
+	}
+	return c
 }
 
 // names writes addresses with commas.

@@ -37,7 +37,7 @@ func (m *Many) WriteHTML(w io.Writer, when time.Time) error {
 	hosts := m.Hosts.Pass + m.Hosts.Fail + m.Hosts.Inconclusive
 	var says strings.Builder
 	m.conclusion(&says)
-	p.head(count(hosts, "host", "hosts"), m.Verdict, says.String())
+	p.begin(count(hosts, "host", "hosts"), m.Verdict, says.String())
 	p.add("<dl><dt>Hosts</dt><dd>%s pass, %s fail, %s could not be told</dd><dt>When</dt><dd>%s to %s</dd></dl>\n",
 		thousands(m.Hosts.Pass), thousands(m.Hosts.Fail), thousands(m.Hosts.Inconclusive),
 		m.Began.Format("2006-01-02 15:04:05 MST"), when.Format("2006-01-02 15:04:05 MST"))
@@ -64,7 +64,7 @@ func (m *Many) WriteHTML(w io.Writer, when time.Time) error {
 	if hosts > mostMaps {
 		p.add("<p>The ports of the first %d hosts are drawn, those of the others listed.</p>\n", mostMaps)
 	}
-	p.legend(false)
+	p.legend(false, false)
 	n = 0
 	if err := all(func(b *Brief) error {
 		n++
@@ -96,7 +96,7 @@ func (p *page) brief(b *Brief, id string, draw bool) {
 		}
 	}
 	if draw {
-		p.maps(b.States, nil)
+		p.maps(b.States, nil, nil)
 	} else {
 		for _, key := range sweepKeys {
 			if states, ok := b.States[key]; ok {

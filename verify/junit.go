@@ -8,14 +8,15 @@ import (
 )
 
 // WriteJUnit writes the report in the XML that CI systems read: a test suite for
-// each sweep, one for the views of restricted openings and one for the verdict. A
-// finding is a failure; a port of which nothing can be said is an error, so that
-// neither passes for success.
+// each sweep, one for the views of restricted openings, one for the [[expect]] tables
+// and one for the verdict. A finding is a failure; a port of which nothing can be said
+// is an error, so that neither passes for success; an [[expect]] that could not be
+// probed is skipped.
 func (r *Report) WriteJUnit(w io.Writer) error {
 	suites := r.junitSuites()
 	var total junitSuite
 	for _, s := range suites {
-		tests, failures, errs := s.counts()
+		tests, failures, errs, _ := s.counts()
 		total.tests += tests
 		total.failures += failures
 		total.errs += errs
@@ -40,8 +41,8 @@ func junitHead(w io.Writer, total *junitSuite, seconds float64) error {
 }
 
 func (s *junitSuite) write(b *strings.Builder, seconds float64) {
-	tests, failures, errs := s.counts()
-	fmt.Fprintf(b, "  <testsuite name=\"%s\" tests=\"%d\" failures=\"%d\" errors=\"%d\" skipped=\"0\" time=\"%.3g\">\n", markup(s.name), tests, failures, errs, seconds)
+	tests, failures, errs, skipped := s.counts()
+	fmt.Fprintf(b, "  <testsuite name=\"%s\" tests=\"%d\" failures=\"%d\" errors=\"%d\" skipped=\"%d\" time=\"%.3g\">\n", markup(s.name), tests, failures, errs, skipped, seconds)
 	for _, c := range s.cases {
 		c.write(b, s.name)
 	}
@@ -58,19 +59,22 @@ type junitCase struct {
 	name    string
 	failure string // what was found; "" is a success
 	unknown bool   // the failure is that nothing can be said
+	skipped string // why it was not tried; "": it was
 	text    string // for who reads on
 }
 
-func (s *junitSuite) counts() (tests, failures, errs int) {
+func (s *junitSuite) counts() (tests, failures, errs, skipped int) {
 	for _, c := range s.cases {
 		switch {
 		case c.failure != "" && c.unknown:
 			errs++
 		case c.failure != "":
 			failures++
+		case c.skipped != "":
+			skipped++
 		}
 	}
-	return len(s.cases), failures, errs
+	return len(s.cases), failures, errs, skipped
 }
 
 func (c *junitCase) write(b *strings.Builder, suite string) {
@@ -81,6 +85,9 @@ func (c *junitCase) write(b *strings.Builder, suite string) {
 			kind = "error"
 		}
 		fmt.Fprintf(b, "<%s message=\"%s\">%s</%s>", kind, markup(c.failure), markup(c.failure), kind)
+	}
+	if c.skipped != "" {
+		fmt.Fprintf(b, "<skipped message=\"%s\"/>", markup(c.skipped))
 	}
 	if c.text != "" {
 		fmt.Fprintf(b, "<system-out>%s</system-out>", markup(c.text))
@@ -130,12 +137,18 @@ func (r *Report) junitSuites() []*junitSuite {
 	for i := range r.Findings {
 		f := &r.Findings[i]
 		name := fmt.Sprintf("%d/%s", f.Port, f.Protocol)
+		if f.Port == 0 && f.Expect != "" {
+			name = f.Protocol
+		}
 		if f.Probe != "" {
 			name += fmt.Sprintf(" at %s: %s", f.Address, f.Probe)
 		}
 		said := fmt.Sprintf("expected %s, observed %s: %s", f.Expected, f.Observed, f.Reason)
 		if f.Rule != "" {
 			said += fmt.Sprintf(" (%s)", f.Rule)
+		}
+		if f.Expect != "" {
+			said += fmt.Sprintf(", [[expect]] at %s", f.Expect)
 		}
 		key := f.sweep()
 		if key == "" || f.Odd != "" {
@@ -149,6 +162,17 @@ func (r *Report) junitSuites() []*junitSuite {
 			c.failure = fmt.Sprintf("reachable: %s; silent: %s", v.Open, v.Silent)
 		}
 		suite("restricted").cases = append(suite("restricted").cases, c)
+	}
+	for i := range r.Expects {
+		x := &r.Expects[i]
+		c := junitCase{name: fmt.Sprintf("%s: %s is %s", x.Place, x.what(), x.Expected)}
+		switch x.Result {
+		case expectFailed, expectUnknown:
+			c.failure, c.unknown = fmt.Sprintf("observed %s: %s", x.Observed, x.Reason), x.Result == expectUnknown
+		case expectUnproved, expectUnprobed:
+			c.skipped = x.Result + ": " + x.Reason
+		}
+		suite("expect").cases = append(suite("expect").cases, c)
 	}
 	c := junitCase{name: r.Target, text: fmt.Sprintf("seen from %s, proof %s, %s\n%s", r.Vantage, r.Proof, r.conclusionText(), strings.Join(r.Notes, "\n"))}
 	if r.Verdict != Pass {

@@ -92,6 +92,11 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 		views, paths = append(views, v), append(paths, v.Path)
 		sources = append(sources, fmt.Sprintf("%s (%s)", w.src, w.link.Name))
 	}
+	asker := targetAsker{cfg: cfg, views: views, swept: len(views), ports: ports[len(views):]}
+	asker.all()
+	for _, v := range asker.views[len(paths):] {
+		paths = append(paths, v.Path)
+	}
 	probe := Sweep
 	if cfg.Connect {
 		probe, cfg.Thorough = Connect, 0
@@ -100,11 +105,12 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("look at %s: %w", names(cfg.Targets), err)
 	}
-	odd, err := lookOdd(ctx, cfg, views)
+	odd, err := lookOdd(ctx, cfg, asker.views[:asker.swept])
 	if err != nil {
 		return nil, fmt.Errorf("look at %s: %w", names(cfg.Targets), err)
 	}
-	return lookReport(cfg, views, sources, res, odd), nil
+	asker.cfg = cfg
+	return lookReport(&asker, sources, res, odd), nil
 }
 
 // lookView is how all ports of an address are looked at.
@@ -117,9 +123,10 @@ func lookView(rs *rules.Ruleset, cfg *ManyConfig, dst netip.Addr, w wayOut, srcP
 }
 
 // lookReport judges what was seen of a host, and notes what that does not cover.
-func lookReport(cfg LookConfig, views []View, sources []string, res *Result, odd *odd) *Report {
+func lookReport(a *targetAsker, sources []string, res *Result, odd *odd) *Report {
+	cfg := &a.cfg
 	r := Judge(JudgeConfig{
-		Target: names(cfg.Targets), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: views, odd: odd,
+		Target: names(cfg.Targets), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: a.views, odd: odd, unasked: a.left,
 	}, res)
 	if other := otherProtocols(cfg.Rules.Policy, nil); other != "" {
 		r.Notes = append(r.Notes, "not judged, whether what is listed gets in: "+other)
@@ -132,8 +139,8 @@ func lookReport(cfg LookConfig, views []View, sources []string, res *Result, odd
 	if cfg.Connect {
 		r.Notes = append(r.Notes, ConnectNotes()...)
 	}
-	for i := range views {
-		if p := &views[i].Path; len(p.Canaries) == 0 {
+	for i := range a.swept {
+		if p := &a.views[i].Path; len(p.Canaries) == 0 {
 			r.Notes = append(r.Notes, fmt.Sprintf("%s has no canary: the policy opens no TCP port to this machine and answers no echo; name one with --canary", p.Dst))
 		}
 	}

@@ -31,8 +31,9 @@ type Brief struct {
 	Bound    float64           `json:"bound"`
 	Seconds  float64           `json:"seconds"` // hosts that are probed at once share the time
 	Probes   uint64            `json:"probes"`
-	Counts   Counts            `json:"counts"` // over the sweeps of all ports
-	States   map[string]States `json:"states"` // by tcp4, tcp6, udp4 and udp6, what was probed
+	Counts   Counts            `json:"counts"`  // over the sweeps of all ports
+	States   map[string]States `json:"states"`  // by tcp4, tcp6, udp4 and udp6, what was probed
+	Expects  []Expected        `json:"expects"` // the [[expect]] tables of the policy
 	Findings []BriefFinding    `json:"findings"`
 	Notes    []string          `json:"notes"` // what the verdict does not cover
 }
@@ -52,13 +53,15 @@ type BriefFinding struct {
 	Rule     string `json:"rule"` // that should admit it, or ""
 	// Odd is the kind of adversarial probe: "xmas from port 53".
 	Odd string `json:"odd,omitempty"`
+	// Expect is the place of the [[expect]] that says so, or places.
+	Expect string `json:"expect,omitempty"`
 }
 
 // Brief folds the report of a host that has a name and a policy.
 func (r *Report) Brief(name, policy string, ended time.Time) *Brief {
 	b := &Brief{
 		Name: name, Target: r.Target, Policy: policy, Verdict: r.Verdict, Ended: ended, Vantage: r.Vantage, Bound: r.Bound,
-		Seconds: r.Seconds, Probes: r.Probes, Counts: r.Counts, States: r.States, Findings: []BriefFinding{}, Notes: r.Notes,
+		Seconds: r.Seconds, Probes: r.Probes, Counts: r.Counts, States: r.States, Expects: r.Expects, Findings: []BriefFinding{}, Notes: r.Notes,
 	}
 	at := map[BriefFinding]int{}
 	var ports [][]uint16
@@ -66,7 +69,7 @@ func (r *Report) Brief(name, policy string, ended time.Time) *Brief {
 		f := &r.Findings[i]
 		key := BriefFinding{
 			Family: f.Family, Address: f.Address, Protocol: f.Protocol, Probe: f.Probe, Expected: f.Expected,
-			Observed: f.Observed, Reason: f.Reason, Rule: f.Rule, Odd: f.Odd,
+			Observed: f.Observed, Reason: f.Reason, Rule: f.Rule, Odd: f.Odd, Expect: f.Expect,
 		}
 		n, ok := at[key]
 		if !ok {
@@ -344,7 +347,7 @@ func encode(v any, prefix string) (string, error) {
 func (m *Many) WriteJUnit(w io.Writer) error {
 	var total junitSuite
 	if err := m.each(func(b *Brief) error {
-		tests, failures, errs := b.junit().counts()
+		tests, failures, errs, _ := b.junit().counts()
 		total.tests, total.failures, total.errs = total.tests+tests, total.failures+failures, total.errs+errs
 		return nil
 	}); err != nil {

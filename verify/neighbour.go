@@ -79,6 +79,28 @@ func (w *wayOut) route(dst netip.Addr) error {
 	if !ok {
 		return fmt.Errorf("%v: %w: no source address", dst, ErrNoRoute)
 	}
+	w.src = src.Unmap()
+	return w.by(route, dst)
+}
+
+// resolveLinkFrom is [ResolveLink] for what comes from another address of this machine.
+func resolveLinkFrom(dst, src netip.Addr) (Link, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	route, err := routeBy(dst, &netlink.RouteGetOptions{SrcAddr: src.AsSlice()})
+	if err != nil {
+		return Link{}, err
+	}
+	ways := make([]wayOut, 1)
+	if err := ways[0].by(route, dst); err != nil {
+		return Link{}, err
+	}
+	neighbours(ways)
+	return ways[0].link, ways[0].err
+}
+
+// by takes a route, for what it says of the interface and the next hop.
+func (w *wayOut) by(route netlink.Route, dst netip.Addr) error {
 	dev, err := netlink.LinkByIndex(route.LinkIndex)
 	if err != nil {
 		return fmt.Errorf("interface %d: %w", route.LinkIndex, err)
@@ -96,7 +118,7 @@ func (w *wayOut) route(dst netip.Addr) error {
 			hop = gw
 		}
 	}
-	w.link, w.src, w.hop = Link{Index: at.Index, Name: at.Name, Src: at.HardwareAddr}, src.Unmap(), hop.WithZone("")
+	w.link, w.hop = Link{Index: at.Index, Name: at.Name, Src: at.HardwareAddr}, hop.WithZone("")
 	return nil
 }
 
@@ -106,6 +128,11 @@ func routeTo(dst netip.Addr) (netlink.Route, error) {
 	if z := dst.Zone(); z != "" {
 		opts = &netlink.RouteGetOptions{Oif: z}
 	}
+	return routeBy(dst, opts)
+}
+
+// routeBy is routeTo with what else is known of the packet.
+func routeBy(dst netip.Addr, opts *netlink.RouteGetOptions) (netlink.Route, error) {
 	routes, err := netlink.RouteGetWithOptions(dst.AsSlice(), opts)
 	switch {
 	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH),

@@ -22,6 +22,8 @@ type Outlook struct {
 	// Unprobed counts the sources that were left out: too many, or addresses
 	// that no packet may carry.
 	Unprobed int
+
+	unasked []unasked // [[expect]]s that no view shows
 }
 
 // Limits of an outlook, so that a policy with a blocklist stays a matter of
@@ -50,6 +52,11 @@ func NewOutlook(rs *rules.Ruleset, ipv6 bool) (*Outlook, error) {
 	if ipv6 {
 		b.families = append(b.families, family{o.Host6, src6, o.Links[0]})
 	}
+	for i := range rs.Policy.Expect {
+		if to := rs.Policy.Expect[i].Packet.Dst; to.IsValid() {
+			b.destination(to)
+		}
+	}
 	for _, t := range allTraffic(rs.Policy) {
 		b.destinations(t)
 	}
@@ -65,6 +72,7 @@ func (b *outlookBuilder) views(sweep Ports) {
 			v.Path.TCP, v.Path.UDP = sweep.TCP, sweep.UDP
 		}
 	}
+	b.expects(sweep)
 	for i := range b.rs.Policy.Open {
 		b.restriction(b.rs.Policy.Open[i].Name, &b.rs.Policy.Open[i].Traffic)
 	}
@@ -73,6 +81,9 @@ func (b *outlookBuilder) views(sweep Ports) {
 	}
 	for i := range b.out.Views {
 		v := &b.out.Views[i]
+		if v.echo {
+			continue
+		}
 		v.Path.TCP, v.Path.UDP = among(v.Path.TCP, sweep.TCP), among(v.Path.UDP, sweep.UDP)
 		for j := range v.Shows {
 			v.Shows[j].TCP, v.Shows[j].UDP = among(v.Shows[j].TCP, sweep.TCP), among(v.Shows[j].UDP, sweep.UDP)
@@ -153,6 +164,9 @@ func (b *outlookBuilder) unnamed(candidates []netip.Addr) []netip.Addr {
 				return true
 			}
 		}
+		if slices.ContainsFunc(b.rs.Policy.Expect, func(x rules.Expect) bool { return x.Packet.Src == a || x.Packet.Dst == a }) {
+			return true
+		}
 		return slices.ContainsFunc(allTraffic(b.rs.Policy), func(t *rules.Traffic) bool {
 			return in(t.From.Ranges) || in(t.Except.Ranges) || in(t.To.Ranges)
 		})
@@ -166,6 +180,11 @@ func (b *outlookBuilder) links() []string {
 	var patterns []string
 	for _, t := range allTraffic(b.rs.Policy) {
 		patterns = append(patterns, t.Interfaces...)
+	}
+	for i := range b.rs.Policy.Expect {
+		if in := b.rs.Policy.Expect[i].Packet.In; in != "" {
+			patterns = append(patterns, in)
+		}
 	}
 	all := append(slices.Clone(patterns), b.rs.Policy.Published.Interfaces...)
 	main := ""
@@ -237,15 +256,22 @@ func (b *outlookBuilder) view(in string, src, dst netip.Addr) *View {
 // destinations gives the host the addresses that a rule is restricted to.
 func (b *outlookBuilder) destinations(t *rules.Traffic) {
 	for _, r := range b.ranges(&t.To) {
-		a := r.Lo
-		switch {
-		case slices.Contains(b.out.More, a) || a == b.out.Host4 || a == b.out.Host6:
-		case !usable(a) || len(b.out.More) == mostAddresses || (!a.Is4() && len(b.families) == 1):
+		if !b.destination(r.Lo) {
 			b.out.Unprobed++
-		default:
-			b.out.More = append(b.out.More, a)
 		}
 	}
+}
+
+// destination gives the host an address, unless it cannot have it.
+func (b *outlookBuilder) destination(a netip.Addr) bool {
+	switch {
+	case slices.Contains(b.out.More, a) || a == b.out.Host4 || a == b.out.Host6:
+	case !usable(a) || len(b.out.More) == mostAddresses || (!a.Is4() && len(b.families) == 1):
+		return false
+	default:
+		b.out.More = append(b.out.More, a)
+	}
+	return true
 }
 
 // ranges are all addresses of a source, those of its sets included.

@@ -143,7 +143,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	}
 	judge := JudgeConfig{
 		Target: "throw-away host for " + cfg.Name, Vantage: "throw-away outside",
-		Rules: cfg.Rules, Views: outlook.Views, HostProof: proof, odd: odd,
+		Rules: cfg.Rules, Views: outlook.Views, HostProof: proof, odd: odd, unasked: outlook.unasked,
 	}
 	if cfg.seen != nil {
 		cfg.seen(judge, res)

@@ -36,7 +36,9 @@ type Report struct {
 	// Restrictions are the views from inside, at the edge of and beside what
 	// openings are restricted to.
 	Restrictions []Restriction `json:"restrictions"`
-	Findings     []Finding     `json:"findings"`
+	// Expects are the [[expect]] tables of the policy, as they were found.
+	Expects  []Expected `json:"expects"`
+	Findings []Finding  `json:"findings"`
 	// Odd tells of the adversarial probes; nil where none were sent.
 	Odd *OddProbes `json:"odd,omitempty"`
 	// Listeners is set when the host was ours to start listeners on.
@@ -118,6 +120,8 @@ type Finding struct {
 	Rule      string `json:"rule"` // that should admit it, or ""
 	Interface string `json:"interface,omitempty"`
 	Odd       string `json:"odd,omitempty"` // the kind of adversarial probe: "xmas from port 53"
+	// Expect is the place of the [[expect]] that says so, or places: "policy.toml:41".
+	Expect string `json:"expect,omitempty"`
 
 	source string
 }
@@ -136,7 +140,8 @@ type JudgeConfig struct {
 	// HostProof, if not nil, is what a tripwire on the host recorded.
 	HostProof *HostProof
 
-	odd *odd // nil: no odd probes
+	odd     *odd // nil: no odd probes
+	unasked []unasked
 }
 
 // HostProof is a tripwire's record of a run.
@@ -151,12 +156,12 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 	r := &Report{
 		Schema: 1, Target: cfg.Target, Vantage: cfg.Vantage, Proof: "packets", Bound: res.Bound,
 		Seconds: res.Elapsed.Seconds(), Probes: res.Probes, States: map[string]States{},
-		Openings: []Opening{}, Restrictions: []Restriction{}, Findings: []Finding{}, Notes: []string{},
+		Openings: []Opening{}, Restrictions: []Restriction{}, Expects: []Expected{}, Findings: []Finding{}, Notes: []string{},
 	}
 	if cfg.HostProof != nil {
 		r.Proof = "host"
 	}
-	j := judge{cfg: cfg, report: r, either: map[string][]uint16{}, limited: map[string][]uint16{}, admitted: map[string]bool{}, silent: map[string][]uint16{}}
+	j := judge{cfg: cfg, res: res, report: r, either: map[string][]uint16{}, limited: map[string][]uint16{}, admitted: map[string]bool{}, silent: map[string][]uint16{}}
 	for i := range cfg.Views {
 		j.view(&cfg.Views[i], &res.Paths[i])
 		if j.inexact || cfg.HostProof == nil {
@@ -167,7 +172,7 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 				r.Notes = append(r.Notes, note)
 			}
 		}
-		if !cfg.Views[i].Sweep {
+		if v := &cfg.Views[i]; !v.Sweep && len(v.Shows) > 0 {
 			r.views++
 		}
 	}
@@ -176,6 +181,7 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 		j.odd(cfg.odd, res)
 	}
 	r.Notes = append(r.Notes, j.notes()...)
+	j.unasked()
 	r.exact = cfg.HostProof != nil && !j.inexact
 	sort.SliceStable(r.Findings, func(a, b int) bool {
 		x, y := &r.Findings[a], &r.Findings[b]
@@ -225,8 +231,10 @@ func (j *judge) neverAdmitted() {
 
 type judge struct {
 	cfg      JudgeConfig
+	res      *Result
 	report   *Report
 	unproved int  // UDP ports whose silence nothing but the path vouches for
+	before   int  // findings of earlier views
 	inexact  bool // the tripwire did not see every probe of a view arrive
 	stray    []uint16
 	// By protocol: ports that answer as only another interface allows, ports that
@@ -238,6 +246,8 @@ type judge struct {
 func (j *judge) view(v *View, res *PathResult) {
 	e := newExpecter(j.cfg.Rules, v)
 	reachable, wrong := map[Target]bool{}, map[Target]bool{}
+	seen := map[Target]sight{} // of what an [[expect]] is about
+	j.before = len(j.report.Findings)
 	fam := "ipv6"
 	if v.Path.Dst.Is4() {
 		fam = "ipv4"
@@ -257,6 +267,9 @@ func (j *judge) view(v *View, res *PathResult) {
 			a := j.settle(v, proto, port, answers[i], exact)
 			x := e.expect(&v.Path, proto, port)
 			byState[a.State] = append(byState[a.State], port)
+			if len(v.Expects) > 0 {
+				seen[Target{proto, port}] = sight{a, x, exact}
+			}
 			if a.State == Open || a.State == Closed {
 				reachable[Target{proto, port}] = true
 			}
@@ -309,6 +322,7 @@ func (j *judge) view(v *View, res *PathResult) {
 			}
 		}
 	}
+	j.expects(v, seen, res)
 	for _, shown := range v.Shows {
 		x := Restriction{Rule: shown.Rule, Interface: v.In, From: v.Path.Src.String(), To: v.Path.Dst.String(), Place: shown.Place, OK: true}
 		var open, silent []string
@@ -438,6 +452,7 @@ func (r *Report) WriteText(w io.Writer) error {
 	r.openings(&b)
 	r.rest(&b)
 	r.restrictions(&b)
+	r.expectText(&b)
 	r.oddText(&b)
 	for _, n := range r.Notes {
 		fmt.Fprintf(&b, "  note %s\n", n)
@@ -475,7 +490,7 @@ func (l *foldedFinding) ends() (ports, from string) {
 	if f.Interface != "" {
 		from += " by " + f.Interface
 	}
-	if f.Odd != "" && f.Port == 0 {
+	if f.Port == 0 && (f.Odd != "" || f.Expect != "") {
 		return f.Protocol, from
 	}
 	return shorten(Ranges(l.ports), 60) + "/" + f.Protocol, from
@@ -519,7 +534,7 @@ func (r *Report) folded() []*foldedFinding {
 	}
 	var lines []*foldedFinding
 	for _, f := range r.Findings {
-		kind := strings.Join([]string{f.Protocol, f.Expected, f.Observed.String(), f.Reason, f.Rule, f.Interface, f.Odd}, "\x00")
+		kind := strings.Join([]string{f.Protocol, f.Expected, f.Observed.String(), f.Reason, f.Rule, f.Interface, f.Odd, f.Expect}, "\x00")
 		lines = append(lines, &foldedFinding{kind, f, []uint16{f.Port}, []string{f.source}})
 	}
 	lines = fold(lines, func(l *foldedFinding) string { return l.kind + "\x00" + l.first.Probe },
@@ -543,6 +558,9 @@ func (r *Report) findings(b *strings.Builder) {
 		}
 		if f.Rule != "" {
 			rule = fmt.Sprintf(", %q", f.Rule)
+		}
+		if f.Expect != "" {
+			rule += ", [[expect]] at " + f.Expect
 		}
 		ports, from := l.ends()
 		if from != "" {
@@ -671,7 +689,7 @@ func (r *Report) conclusion(b *strings.Builder) {
 	}
 	switch r.Verdict {
 	case Pass:
-		fmt.Fprintf(b, "PASS: %s%s as the policy says, %s; %s\n", count(r.ports, "port", "ports"), views, took, proof)
+		fmt.Fprintf(b, "PASS: %s%s as the policy says%s, %s; %s\n", count(r.ports, "port", "ports"), views, r.expectCount(), took, proof)
 	case Fail:
 		n := 0
 		for _, f := range r.Findings {
@@ -679,7 +697,7 @@ func (r *Report) conclusion(b *strings.Builder) {
 				n++
 			}
 		}
-		fmt.Fprintf(b, "FAIL: %s in %s%s, %s\n", count(n, "finding", "findings"), count(r.ports, "port", "ports"), views, took)
+		fmt.Fprintf(b, "FAIL: %s in %s%s%s, %s\n", count(n, "finding", "findings"), count(r.ports, "port", "ports"), views, r.expectCount(), took)
 	case Inconclusive:
 		silent := func(f Finding) bool { return f.Reason == PathNotProven.String() }
 		if n := len(r.Findings); n > 0 && !slices.ContainsFunc(r.Findings, silent) {

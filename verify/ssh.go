@@ -79,7 +79,8 @@ const (
 )
 
 // farScript takes the program from its standard input, runs it with what follows
-// there, and leaves nothing behind. %d is its length, %s its words.
+// there, and leaves nothing behind. %d is its length, %s its words. The last word is
+// the address that we come from; sudo would not hand the environment on.
 const farScript = `set -u
 here="$(uname -s) $(uname -m)"
 if [ "$here" != '%s' ]; then echo "$here" >&2; exit 97; fi
@@ -98,7 +99,8 @@ if [ -z "$d" ]; then exit 98; fi
 head -c %d >"$d/deadlight" && chmod 700 "$d/deadlight" || exit 98
 as=
 if [ "$(id -u)" != 0 ] && sudo -n true 2>/dev/null; then as='sudo -n'; fi
-$as "$d/deadlight" %s
+from=${SSH_CONNECTION:-}
+$as "$d/deadlight" %s "${from%%%% *}"
 `
 
 // unameMachine is what uname -m says of machines that run this program.
@@ -113,7 +115,8 @@ func unameMachine() string {
 }
 
 // Run sends program, a file, to the vantage and runs it there with words, which
-// must be plain, and a request on its standard input, which stays open until the
+// must be plain, and behind them the address by which we are seen there ("" if sshd
+// does not tell), and a request on its standard input, which stays open until the
 // end: who reads its end has lost us. It gives the exit code of the program.
 // Errors to test for: [ErrVantage].
 func (v SSHVantage) Run(ctx context.Context, program string, words []string, request []byte, stdout, stderr io.Writer) (int, error) {
@@ -127,7 +130,12 @@ func (v SSHVantage) Run(ctx context.Context, program string, words []string, req
 		return 0, err
 	}
 	script := fmt.Sprintf(farScript, "Linux "+unameMachine(), info.Size(), strings.Join(words, " "))
-	args := []string{"-T", "-e", "none", "-o", "ConnectTimeout=30"}
+	args := []string{"-T", "-e", "none", "-o", "ConnectTimeout=30", "-o", "ServerAliveInterval=20"}
+	if tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0); err == nil {
+		tty.Close()
+	} else { // nobody is there to be asked
+		args = append(args, "-o", "BatchMode=yes")
+	}
 	if v.Config != "" {
 		args = append(args, "-F", v.Config)
 	}

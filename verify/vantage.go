@@ -159,7 +159,7 @@ func hostOutlook(cfg HostConfig, s *surroundings) (o *Outlook, left []string, er
 	}
 	b.views(cfg.Ports)
 	left = append(left, b.unseen()...)
-	b.out.Views = slices.DeleteFunc(b.out.Views, func(v View) bool { return len(v.Path.TCP)+len(v.Path.UDP) == 0 })
+	b.out.Views = slices.DeleteFunc(b.out.Views, func(v View) bool { return len(v.Path.TCP)+len(v.Path.UDP) == 0 && !v.echo })
 	return &b.out, left, nil
 }
 
@@ -226,7 +226,7 @@ func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res 
 	}
 	r := Judge(JudgeConfig{
 		Target: "this host, " + strings.Join(targets, ", "), Vantage: "netns: " + strings.Join(vantages, ", "),
-		Rules: cfg.Rules, Views: o.Views, HostProof: proof,
+		Rules: cfg.Rules, Views: o.Views, HostProof: proof, unasked: o.unasked,
 	}, res)
 	for _, x := range left {
 		r.Notes = append(r.Notes, "not probed: "+x)

@@ -95,18 +95,14 @@ func codeOf(v verify.Verdict) error {
 // verification is a report as metrics, for the textfile collector of node_exporter
 // or a push.
 func verification(r *verify.Report, at time.Time) []metricFamily {
-	return verificationOf([]string{"target", r.Target}, r.Verdict, r.Counts, len(r.Findings), r.Bound, r.Seconds, r.Probes, at)
+	return verificationOf([]string{"target", r.Target}, r.Brief("", "", at))
 }
 
 // verificationOfMany has the same metrics for each host.
 func verificationOfMany(m *verify.Many, at time.Time) ([]metricFamily, error) {
 	var out []metricFamily
 	err := m.Each(func(b *verify.Brief) error {
-		findings := 0
-		for i := range b.Findings {
-			findings += b.Findings[i].Count
-		}
-		list := verificationOf([]string{"target", b.Target, "name", b.Name}, b.Verdict, b.Counts, findings, b.Bound, b.Seconds, b.Probes, b.Ended)
+		list := verificationOf([]string{"target", b.Target, "name", b.Name}, b)
 		for i := range list {
 			if out == nil {
 				out = list
@@ -119,12 +115,12 @@ func verificationOfMany(m *verify.Many, at time.Time) ([]metricFamily, error) {
 	return append(out, single("gauge", "verify_run_timestamp_seconds", "When the run over all hosts ended.", float64(at.UnixMilli())/1000)), err
 }
 
-func verificationOf(target []string, verdict verify.Verdict, counts verify.Counts, findings int, bound, seconds float64, probes uint64, at time.Time) []metricFamily {
+func verificationOf(target []string, b *verify.Brief) []metricFamily {
 	with := func(more ...string) []string { return slices.Concat(target, more) }
 	verdicts := metricFamily{kind: "gauge", name: "verify_verdict", help: "1 for the verdict of the last verification, 0 for the others."}
 	for v := verify.Pass; v <= verify.Fail; v++ {
 		is := 0.0
-		if v == verdict {
+		if v == b.Verdict {
 			is = 1
 		}
 		verdicts.samples = append(verdicts.samples, sample{is, with("verdict", v.String())})
@@ -133,15 +129,29 @@ func verificationOf(target []string, verdict verify.Verdict, counts verify.Count
 	for _, c := range []struct {
 		state verify.State
 		n     int
-	}{{verify.Open, counts.Open}, {verify.Closed, counts.Closed}, {verify.Rejected, counts.Rejected}, {verify.Filtered, counts.Filtered}, {verify.Unknown, counts.Unknown}} {
+	}{{verify.Open, b.Counts.Open}, {verify.Closed, b.Counts.Closed}, {verify.Rejected, b.Counts.Rejected}, {verify.Filtered, b.Counts.Filtered}, {verify.Unknown, b.Counts.Unknown}} {
 		ports.samples = append(ports.samples, sample{float64(c.n), with("state", c.state.String())})
 	}
+	expects := metricFamily{kind: "gauge", name: "verify_expectations", help: "[[expect]] tables of the policy by what became of them."}
+	for _, result := range verify.ExpectResults() {
+		n := 0
+		for _, x := range b.Expects {
+			if x.Result == result {
+				n++
+			}
+		}
+		expects.samples = append(expects.samples, sample{float64(n), with("result", result)})
+	}
+	findings := 0
+	for i := range b.Findings {
+		findings += b.Findings[i].Count
+	}
 	return []metricFamily{
-		verdicts, ports,
+		verdicts, ports, expects,
 		single("gauge", "verify_findings", "Ports that are not as the policy says, or of which nothing can be said.", float64(findings), target...),
-		single("gauge", "verify_missed_answer_probability", "Upper bound of the probability that a TCP answer was missed.", bound, target...),
-		single("gauge", "verify_duration_seconds", "How long the probing took.", seconds, target...),
-		single("gauge", "verify_probes", "Packets sent.", float64(probes), target...),
-		single("gauge", "verify_timestamp_seconds", "When the verification ended.", float64(at.UnixMilli())/1000, target...),
+		single("gauge", "verify_missed_answer_probability", "Upper bound of the probability that a TCP answer was missed.", b.Bound, target...),
+		single("gauge", "verify_duration_seconds", "How long the probing took.", b.Seconds, target...),
+		single("gauge", "verify_probes", "Packets sent.", float64(b.Probes), target...),
+		single("gauge", "verify_timestamp_seconds", "When the verification ended.", float64(b.Ended.UnixMilli())/1000, target...),
 	}
 }

@@ -283,7 +283,7 @@ func TestManExamples(t *testing.T) {
 func TestManPolicyKeys(t *testing.T) {
 	source, items := manPage(t, "deadlight-policy.5")
 	keys := map[string]bool{}
-	words := map[string]bool{"check": true, "apply": true} // commands
+	words := map[string]bool{"check": true, "apply": true, "try": true, "verify": true} // commands
 	for _, k := range rules.Keys() {
 		keys[k] = false
 		words[k[strings.LastIndex(k, ".")+1:]] = true

@@ -134,7 +134,7 @@ func newFromVantageManyCommand(e env) *cobra.Command {
 		Use:    fromVantageMany,
 		Hidden: true, // verify --vantage ssh:// --targets starts it
 		Short:  "Look at hosts for another machine, as standard input says",
-		Args:   noArgs,
+		Args:   cobra.MaximumNArgs(1), // the address of who asks
 		RunE: func(c *cobra.Command, _ []string) error {
 			return lookAtManyForAnother(c.Context(), e)
 		},

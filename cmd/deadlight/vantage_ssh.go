@@ -1,12 +1,17 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -25,34 +30,113 @@ type vantageRequest struct {
 	Format  string              `json:"format"`
 	Old     *verify.Report      `json:"old,omitempty"`
 	Vantage string              `json:"vantage"`
+	// Self are the addresses of who asks, if that is the host to look at: then the one
+	// by which it reached the vantage is the target, and the answer is a vantageAnswer.
+	Self []netip.Addr `json:"self,omitempty"`
+}
+
+// vantageAnswer is what the far side says of the host that asked.
+type vantageAnswer struct {
+	Output []byte          `json:"output"` // the report as it is to be printed
+	Report json.RawMessage `json:"report"`
 }
 
 // lookOverSSH looks at a host from another machine.
 func lookOverSSH(ctx context.Context, e env, v verify.SSHVantage, file string, from *sources, f verifyFlags) error {
+	code, err := askVantage(ctx, e, v, file, from, f, nil, e.stdout)
+	if err == nil && code != exitOK {
+		return silently(code)
+	}
+	return err
+}
+
+// askVantage runs this program at the vantage.
+func askVantage(ctx context.Context, e env, v verify.SSHVantage, file string, from *sources, f verifyFlags, self []netip.Addr, stdout io.Writer) (code int, err error) {
 	request := vantageRequest{
 		Policy: file, Files: from.read, Globs: map[string][]string{},
-		Look: f.lookFlags, Format: f.report.format, Old: f.report.old, Vantage: v.String(),
+		Look: f.lookFlags, Format: f.report.format, Old: f.report.old, Vantage: v.String(), Self: self,
 	}
 	for _, g := range from.globs {
 		request.Globs[g.Pattern] = g.Names
 	}
 	b, err := json.Marshal(request)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if isTerminal(e.stderr) {
 		printf(e.stderr, "sending this program to %s, which looks from there\n", oneLine(v.String())) // ssh may ask for a password below
 	}
-	code, err := v.Run(ctx, "/proc/self/exe", []string{fromVantage}, b, e.stdout, e.stderr)
-	switch {
-	case errors.Is(err, verify.ErrVantage):
-		return refused(err, "try it by hand: ssh "+v.Host+" uname -sm")
-	case err != nil:
-		return err
-	case code != exitOK:
-		return silently(code)
+	code, err = v.Run(ctx, "/proc/self/exe", []string{fromVantage}, b, stdout, e.stderr)
+	if errors.Is(err, verify.ErrVantage) {
+		return 0, refused(err, "try it by hand: ssh "+v.Host+" uname -sm")
 	}
-	return nil
+	return code, err
+}
+
+// lookFromAfar lets another machine look at this host. output is the report as it is
+// to be printed.
+func lookFromAfar(ctx context.Context, e env, vantage, file string, from *sources, f verifyFlags) (report *verify.Report, output []byte, err error) {
+	v, err := verify.ParseSSHVantage(vantage)
+	if err != nil {
+		return nil, nil, usageError("--vantage ssh://USER@HOST", "vantage: %w", err)
+	}
+	v.Config = f.sshConfig
+	self, err := ownAddresses()
+	if err != nil {
+		return nil, nil, refused(err, "")
+	}
+	if len(self) == 0 {
+		return nil, nil, refused(errors.New("this host has no address but local ones"), "")
+	}
+	var said bytes.Buffer
+	code, err := askVantage(ctx, e, v, file, from, f, self, &said)
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case said.Len() == 0 && code != exitOK:
+		return nil, nil, silently(code) // the far side has said why
+	}
+	var answer vantageAnswer
+	if err := json.Unmarshal(said.Bytes(), &answer); err != nil {
+		return nil, nil, refused(fmt.Errorf("%s gave no report: %w", v, err), "")
+	}
+	if report, err = verify.ReadReport(bytes.NewReader(answer.Report)); err != nil {
+		return nil, nil, refused(fmt.Errorf("%s gave no report: %w", v, err), "")
+	}
+	return report, answer.Output, nil
+}
+
+// ownAddresses lists the addresses of this host by which others may reach it.
+func ownAddresses() ([]netip.Addr, error) {
+	list, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, fmt.Errorf("list the addresses of this host: %w", err)
+	}
+	var out []netip.Addr
+	for _, x := range list {
+		p, err := netip.ParsePrefix(x.String())
+		if err != nil {
+			return nil, fmt.Errorf("list the addresses of this host: %w", err)
+		}
+		if a := p.Addr().Unmap(); a.IsGlobalUnicast() && !slices.Contains(out, a) {
+			out = append(out, a)
+		}
+	}
+	return out, nil
+}
+
+// targetOf is the address of the host that asked: that by which sshd sees it, if it
+// is one of its own. Behind a translation the verdict would be about who translates.
+func targetOf(caller string, r *vantageRequest) (netip.Addr, error) {
+	hint := fmt.Sprintf("deadlight verify --vantage %s --target ADDR, with an address by which that machine reaches this host", r.Vantage)
+	a, err := netip.ParseAddr(caller)
+	if err != nil {
+		return a, refused(fmt.Errorf("%s does not tell by which address it sees this host", r.Vantage), hint)
+	}
+	if a = a.Unmap(); !slices.Contains(r.Self, a) {
+		return a, refused(fmt.Errorf("%s sees this host as %s, which is no address of it that can be probed: something between them translates", r.Vantage, a), hint)
+	}
+	return a, nil
 }
 
 func newFromVantageCommand(e env) *cobra.Command {
@@ -60,16 +144,17 @@ func newFromVantageCommand(e env) *cobra.Command {
 		Use:    fromVantage,
 		Hidden: true, // verify --vantage ssh:// starts it
 		Short:  "Look at a host for another machine, as standard input says",
-		Args:   noArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			return lookForAnother(c.Context(), e)
+		Args:   cobra.MaximumNArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			return lookForAnother(c.Context(), e, strings.Join(args, ""))
 		},
 	}
 	return c
 }
 
-// lookForAnother is the far side of lookOverSSH.
-func lookForAnother(ctx context.Context, e env) error {
+// lookForAnother is the far side of askVantage; caller is the address that asks, as
+// sshd sees it.
+func lookForAnother(ctx context.Context, e env, caller string) error {
 	d := json.NewDecoder(e.stdin)
 	var r vantageRequest
 	if err := d.Decode(&r); err != nil {
@@ -86,6 +171,13 @@ func lookForAnother(ctx context.Context, e env) error {
 	if rs == nil {
 		return unusable(e, problems, "nothing probed") // the near side has read it: another version
 	}
+	if r.Self != nil {
+		target, err := targetOf(caller, &r)
+		if err != nil {
+			return err
+		}
+		r.Look.Targets = []string{target.String()}
+	}
 	f := verifyFlags{lookFlags: r.Look, report: reportFlags{format: r.Format, old: r.Old}}
 	look, err := f.config(rs)
 	if err != nil {
@@ -96,7 +188,28 @@ func lookForAnother(ctx context.Context, e env) error {
 		return err
 	}
 	report.Vantage = fmt.Sprintf("%s: %s", r.Vantage, report.Vantage)
-	return f.print(e, r.Policy, report)
+	if r.Self == nil {
+		return f.print(e, r.Policy, report)
+	}
+	var others []string
+	for _, a := range r.Self {
+		if a.String() != r.Look.Targets[0] {
+			others = append(others, a.String())
+		}
+	}
+	if len(others) > 0 {
+		report.Notes = append(report.Notes, fmt.Sprintf("of this host %s was looked at, by which it reached the vantage, and not %s: name more with --target",
+			r.Look.Targets[0], strings.Join(others, ", ")))
+	}
+	var out bytes.Buffer
+	shown := e
+	shown.stdout = &out
+	verdict := f.print(shown, r.Policy, report)
+	b, err := json.Marshal(report)
+	if err == nil {
+		err = writeJSON(e.stdout, vantageAnswer{out.Bytes(), b})
+	}
+	return errors.Join(err, verdict)
 }
 
 // sentFiles are the files of a policy as they were sent.

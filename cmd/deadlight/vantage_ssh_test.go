@@ -134,6 +134,140 @@ func TestVerifyOverSSH(t *testing.T) {
 	}
 }
 
+// A vantage of the policy looks at the host that asks it, by the address from which
+// that came, and the verdict is kept; behind a translation it refuses.
+func TestVerifyHereOverSSH(t *testing.T) {
+	if !mayChangeUser(t) {
+		if os.Getenv("CI") != "" {
+			t.Fatal("sshd takes root: .ci/test runs this test so")
+		}
+		t.Skip("sshd cannot work in the user namespace of an ordinary user")
+	}
+	l := newSSHLab(t)
+	write := func(name, text string) string {
+		t.Helper()
+		if err := os.WriteFile(l.file(name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return l.file(name)
+	}
+	config := write("client", fmt.Sprintf("Host *\nIdentityFile %s\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n", l.file("id")))
+	vantage := fmt.Sprintf("ssh://root@%s:%d", l.host4, sshPort)
+	const open80 = "[open.web]\nports = 80\n"
+	expect := fmt.Sprintf("[[expect]]\nfrom = \"%s\"\nport = \"81/tcp\"\nstate = \"filtered\"\n", l.host4)
+	policy := write("here.toml", fmt.Sprintf("version = 1\n[verify]\nvantage = %q\nthorough = 0\n", vantage)+open80+expect)
+	hole := write("hole.toml", "version = 1\n[open.web]\nports = [80, 8080]\n")
+	state := l.file("here")
+	apply := func(file string, more ...string) (int, string, string) {
+		t.Helper()
+		return runCode(append([]string{"apply", file, "--state-dir", state, "--insecure-policy"}, more...)...)
+	}
+	t.Cleanup(func() {
+		if code, out, errs := runCode("remove", "--state-dir", state); code != exitOK {
+			t.Errorf("remove: exit %d\n%s%s", code, out, errs)
+		}
+	})
+	verifyArgs := func(more ...string) []string {
+		return append([]string{"verify", policy, "--state-dir", state, "--ssh-config", config}, more...)
+	}
+	verified := func() string {
+		t.Helper()
+		_, out, errs := runCode("status", "--state-dir", state)
+		for _, line := range strings.Split(out, "\n") {
+			if strings.HasPrefix(line, "verified") {
+				return line
+			}
+		}
+		t.Fatalf("no verdict:\n%s%s", out, errs)
+		return ""
+	}
+
+	if code, out, errs := apply(policy); code != exitOK {
+		t.Fatalf("apply: exit %d\n%s%s", code, out, errs)
+	}
+	metrics := l.file("verdict.prom")
+	code, out, errs := runCode(verifyArgs("--ports", "1-2000/tcp", "--textfile", metrics)...)
+	if code != exitOK {
+		t.Fatalf("exit %d\n%s%s", code, out, errs)
+	}
+	for _, want := range []string{
+		peer4 + " against " + policy + ", seen from " + vantage + ": " + l.host4.String() + " (eth0):\n",
+		"  ok   [[expect]] at " + policy + ":7: 81/tcp from " + l.host4.String() + " to " + peer4 + " is filtered\n",
+		"  note of this host " + peer4 + " was looked at, by which it reached the vantage, and not " + peer6,
+		"PASS: 2,000 ports as the policy says, 1 of 1 expectation met, ",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s%s", want, out, errs)
+		}
+	}
+	if line := verified(); !strings.HasPrefix(line, "verified  pass at ") {
+		t.Errorf("kept: %s", line)
+	}
+	if b, err := os.ReadFile(metrics); err != nil || !strings.Contains(string(b), `verdict="pass"} 1`) {
+		t.Errorf("%v %s", err, b)
+	}
+	code, out, errs = runCode(verifyArgs("--ports", "80/tcp", "--json")...)
+	if code != exitOK || !strings.HasPrefix(out, "{\n") || !strings.Contains(out, `"target": "`+peer4+`"`) {
+		t.Errorf("json: exit %d\n%s%s", code, out, errs)
+	}
+
+	// On trial: what the other machine sees confirms it, or takes it back.
+	bin := filepath.Join(l.dir, "bin")
+	if err := os.Mkdir(bin, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	client, err := exec.LookPath("ssh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bin, "ssh"), fmt.Appendf(nil, "#!/bin/sh\nexec %s -F %s \"$@\"\n", client, config), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	wider := write("wider.toml", fmt.Sprintf("version = 1\n[verify]\nvantage = %q\nthorough = 0\n[open.web]\nports = [80, 443]\n", vantage))
+	if code, out, errs := apply(wider, "--verify", "--confirm", "5m", "--no-wait"); code != exitOK || !strings.Contains(out, "seen from "+vantage) || !strings.Contains(out, "\nConfirmed: ") {
+		t.Errorf("apply --verify: exit %d\n%s%s", code, out, errs)
+	}
+	// Something else drops what the policy opens.
+	nft := func(rules string) {
+		t.Helper()
+		if out, err := exec.Command("nft", rules).CombinedOutput(); err != nil {
+			t.Fatalf("nft: %v\n%s", err, out)
+		}
+	}
+	nft("add table ip foreign; add chain ip foreign in { type filter hook input priority 10; }; add rule ip foreign in tcp dport 443 drop")
+	if code, out, errs := apply(policy); code != exitOK {
+		t.Fatalf("apply: exit %d\n%s%s", code, out, errs)
+	}
+	if code, out, errs := apply(wider, "--verify"); code != exitRolledBack || !strings.Contains(out, "FAIL  443/tcp  filtered  expected open") {
+		t.Errorf("apply --verify against a foreign drop: exit %d\n%s%s", code, out, errs)
+	}
+	nft("delete table ip foreign")
+
+	if code, out, errs := apply(hole); code != exitOK {
+		t.Fatalf("apply: exit %d\n%s%s", code, out, errs)
+	}
+	code, out, errs = runCode(verifyArgs("--ports", "1-9000/tcp")...)
+	if code != exitFindings || !strings.Contains(out, "FAIL  8080/tcp  closed  expected filtered") {
+		t.Errorf("a hole: exit %d\n%s%s", code, out, errs)
+	}
+	if line := verified(); !strings.HasPrefix(line, "verified  fail at ") {
+		t.Errorf("kept: %s", line)
+	}
+
+	// Behind a translation the other machine would look at who translates.
+	nft("add table ip masked; add chain ip masked out { type nat hook postrouting priority 100; }; add rule ip masked out tcp dport 2222 snat to 203.0.113.99")
+	defer nft("delete table ip masked")
+	code, out, errs = runCode(verifyArgs("--ports", "80/tcp")...)
+	if code != exitRefused || out != "" || !strings.Contains(errs, "error: "+vantage+" sees this host as 203.0.113.99, which is no address of it") ||
+		!strings.Contains(errs, "hint: deadlight verify --vantage "+vantage+" --target ADDR") {
+		t.Errorf("translated: exit %d\n%s%s", code, out, errs)
+	}
+	if code, _, errs := runCode(verifyArgs("--proof", "host")...); code != exitUsage || !strings.Contains(errs, "--proof is of this host as it looks at itself") {
+		t.Errorf("--proof: exit %d\n%s", code, errs)
+	}
+}
+
 // The far side reads nothing but its request.
 func TestFromVantage(t *testing.T) {
 	for in, want := range map[string]string{

@@ -26,6 +26,7 @@ type verifyFlags struct {
 	state       string // directory
 	selfTest    bool
 	report      reportFlags
+	changed     func(flag string) bool // it was given
 }
 
 // lookFlags say what is looked at, from wherever.
@@ -58,6 +59,9 @@ that proves each port of TCP and UDP. --proof packets does without it. Afterward
 the host is as it was, also when this command is killed; counters, meters of
 limits, and flows to open ports show that it ran. It needs root.
 
+With --vantage ssh://USER@HOST, or that as vantage in [verify] of the policy, that
+machine looks at the address of this host from which sshd there sees it come.
+
 With --target this machine is the outside of another host, or with --vantage
 ssh://USER@HOST that machine is. Silence there counts as filtered only while the
 path is proven alive by ports that must answer: a listed TCP port, echo, or
@@ -85,6 +89,10 @@ Behind the sweep of a --target follow adversarial probes (other flags, source
 ports, fragments, options, protocols); --thorough says how many. Those other than
 of TCP and UDP need --ports all.
 
+Each [[expect]] of the policy is sent from the address that it names, where that can
+be had: of this host strangers' addresses can, of a --target this machine's own. The
+report names those that could not be probed.
+
 The verdict about this host is kept: deadlight status shows it. --textfile FILE
 writes it for the textfile collector of node_exporter.
 
@@ -111,13 +119,19 @@ several hosts: 1 any is not, else 3 of any it could not be told, else 0.`,
 			if err := checkThorough(c, &f.Thorough); err != nil {
 				return err
 			}
-			if err := f.ofTheOther(c); err != nil {
+			f.changed = c.Flags().Changed
+			if err := f.severally(); err != nil {
 				return err
 			}
+			if f.elsewhere() {
+				if err := f.ofTheOther(true); err != nil {
+					return err
+				}
+			}
 			switch {
-			case f.targetsFile != "" || len(f.hosts) > 1:
+			case f.several():
 				return verifyMany(c.Context(), e, policyArg(args), f)
-			case len(f.hosts) == 1:
+			case f.elsewhere():
 				f.Targets = strings.Split(f.hosts[0], ",")
 				return verifyTarget(c.Context(), e, policyArg(args), f)
 			}
@@ -127,7 +141,7 @@ several hosts: 1 any is not, else 3 of any it could not be told, else 0.`,
 	c.Flags().StringArrayVar(&f.hosts, "target", nil, "another host, by its `ADDR[,ADDR...]`; repeatable for several hosts with the same policy")
 	c.Flags().StringVar(&f.targetsFile, "targets", "", "a `FILE` of hosts: ADDR[,ADDR...] [POLICY] [NAME], a line a host")
 	c.Flags().StringVar(&f.resume, "resume", "", "keep what is done of several hosts in this `FILE`, and go on from it")
-	c.Flags().StringVar(&f.vantage, "vantage", "", "from where to look: netns, at this host, or ssh://USER@HOST:PORT, at a --target (default [verify] vantage of the policy)")
+	c.Flags().StringVar(&f.vantage, "vantage", "", "from where to look: netns, at this host, or ssh://USER@HOST:PORT, at this host or a --target (without --target default [verify] vantage of the policy)")
 	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration `FILE` for ssh, as of ssh -F")
 	c.Flags().StringVar(&f.proof, "proof", "host", "what proves this host: host (a tripwire on it) or packets (answers alone)")
 	addThorough(c, &f.Thorough)
@@ -143,23 +157,32 @@ several hosts: 1 any is not, else 3 of any it could not be told, else 0.`,
 	return c
 }
 
-// ofTheOther refuses flags that mean nothing to the host that is probed: this one,
-// or that of --target.
-func (f *verifyFlags) ofTheOther(c *cobra.Command) error {
-	several := f.targetsFile != "" || len(f.hosts) > 1
+// elsewhere says that other hosts are probed, and several that it may be more than one.
+func (f *verifyFlags) elsewhere() bool { return f.several() || len(f.hosts) > 0 }
+
+func (f *verifyFlags) several() bool { return f.targetsFile != "" || len(f.hosts) > 1 }
+
+// severally refuses flags about several hosts that do not go together.
+func (f *verifyFlags) severally() error {
 	switch {
-	case c.Flags().Changed("targets") && f.targetsFile == "":
+	case f.changed("targets") && f.targetsFile == "":
 		return usageError("", "--targets wants a file")
 	case f.targetsFile != "" && len(f.hosts) > 0:
 		return usageError("write the host into "+f.targetsFile, "--target and --targets do not go together")
-	case c.Flags().Changed("resume") && f.resume == "":
+	case f.changed("resume") && f.resume == "":
 		return usageError("", "--resume wants a file")
-	case f.resume != "" && !several:
+	case f.resume != "" && !f.several():
 		return usageError("deadlight verify --targets FILE --resume "+f.resume, "--resume is of several hosts")
 	}
-	if !several && len(f.hosts) == 0 {
+	return nil
+}
+
+// ofTheOther refuses flags that mean nothing to how the host is probed: from itself,
+// or from afar, which is another machine, or this one at a --target.
+func (f *verifyFlags) ofTheOther(afar bool) error {
+	if !afar {
 		for _, name := range []string{"connect", thoroughFlag, "ssh-config"} {
-			if c.Flags().Changed(name) {
+			if f.changed(name) {
 				return usageError("deadlight verify --target ADDR, on another machine", "--%s is of a --target, and this is the host itself", name)
 			}
 		}
@@ -172,8 +195,14 @@ func (f *verifyFlags) ofTheOther(c *cobra.Command) error {
 	if f.vantage == "netns" {
 		return usageError("", "--vantage netns is of this host, and %s names another", flag)
 	}
+	switch {
+	case !f.elsewhere() && f.changed("proof"):
+		return usageError("--vantage netns", "--proof is of this host as it looks at itself, and the vantage is another machine")
+	case !f.elsewhere():
+		return nil
+	}
 	for _, name := range []string{"textfile", "proof"} {
-		if c.Flags().Changed(name) {
+		if f.changed(name) {
 			return usageError("", "--%s is of this host, and %s names another", name, flag)
 		}
 	}

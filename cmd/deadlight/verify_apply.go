@@ -83,6 +83,16 @@ func appliedReport(ctx context.Context, e env, file, dir string, rs *rules.Rules
 	if err != nil {
 		return nil, err
 	}
+	if v := rs.Policy.Verify.Vantage; isAfar(v) {
+		f := verifyFlags{lookFlags: lookFlags{Ports: "all", Thorough: -1}, report: reportFlags{format: "text"}}
+		report, output, err := lookFromAfar(ctx, e, v, file, from, f)
+		if err != nil {
+			return nil, err
+		}
+		noteVerdict(e, dir, newVerified(report, file, "all", from))
+		_, err = e.stdout.Write(output)
+		return report, err
+	}
 	report, err := verifyHost(ctx, e, rs, hostCheck{ports: all})
 	if err != nil {
 		return nil, err

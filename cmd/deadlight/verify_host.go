@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,22 +38,36 @@ func verifyHere(ctx context.Context, e env, file string, f verifyFlags) error {
 	if f.textfile != "" && filepath.Ext(f.textfile) != ".prom" {
 		return usageError("--textfile "+f.textfile+".prom", "node_exporter reads only files that end in .prom: %s", f.textfile)
 	}
-	if f.vantage != "" && f.vantage != "netns" {
-		return badVantage(f.vantage, "--vantage")
+	if f.vantage != "" && f.vantage != "netns" && !isAfar(f.vantage) {
+		return usageError("netns, or ssh://USER@HOST", "--vantage knows no vantage %s", printable(f.vantage))
 	}
 	rs, from, err := readSources(e, file, "nothing probed")
 	if err != nil {
 		return err
 	}
-	if v := rs.Policy.Verify.Vantage; f.vantage == "" && v != "netns" {
-		return badVantage(v, "[verify] of "+file)
+	vantage := cmp.Or(f.vantage, rs.Policy.Verify.Vantage)
+	if err := f.ofTheOther(isAfar(vantage)); err != nil {
+		return err
 	}
-	report, err := verifyHost(ctx, e, rs, hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets"})
+	var report *verify.Report
+	show := func() error { return f.print(e, file, report) }
+	if isAfar(vantage) {
+		var output []byte
+		report, output, err = lookFromAfar(ctx, e, vantage, file, from, f)
+		show = func() error {
+			if _, err := e.stdout.Write(output); err != nil {
+				return err
+			}
+			return codeOf(report.Verdict)
+		}
+	} else {
+		report, err = verifyHost(ctx, e, rs, hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets"})
+	}
 	if err != nil {
 		return err
 	}
 	noteVerdict(e, f.state, newVerified(report, file, f.Ports, from))
-	printed := f.print(e, file, report)
+	printed := show()
 	if f.textfile != "" {
 		if err := writeMetrics(f.textfile, verification(report, time.Now())); err != nil {
 			return errors.Join(printed, refused(err, ""))
@@ -61,14 +76,8 @@ func verifyHere(ctx context.Context, e env, file string, f verifyFlags) error {
 	return printed
 }
 
-// badVantage refuses a vantage that cannot look at this host by itself.
-func badVantage(vantage, where string) error {
-	if strings.HasPrefix(vantage, "ssh://") {
-		return usageError("deadlight verify --vantage "+printable(vantage)+" --target ADDR, or --vantage netns",
-			"%s says %s: name the addresses by which that machine reaches this host", where, printable(vantage))
-	}
-	return usageError("netns, or ssh://USER@HOST with --target", "%s knows no vantage %s", where, printable(vantage))
-}
+// isAfar reports whether a vantage is another machine.
+func isAfar(vantage string) bool { return strings.HasPrefix(vantage, "ssh://") }
 
 // verifyHost probes the network namespace of the calling thread from outside. Its
 // errors are said for people.
