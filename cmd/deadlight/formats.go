@@ -73,7 +73,7 @@ func (f *reportFlags) print(e env, r *verify.Report) error {
 	case "prometheus":
 		err = writeFamilies(e.stdout, verification(r, time.Now()))
 	default:
-		err = r.WriteText(e.stdout)
+		err = forPeople(e, r.WriteText)
 	}
 	if err != nil {
 		return err

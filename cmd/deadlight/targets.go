@@ -103,7 +103,9 @@ func (m mark) problem(hint, format string, args ...any) rules.Problem {
 }
 
 // isHostName is what a report calls a host.
-var isHostName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$`).MatchString
+func isHostName(s string) bool {
+	return regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$`).MatchString(s)
+}
 
 const targetLine = "a line is ADDR[,ADDR...] [POLICY] [NAME]; - stands for the policy of the command line"
 

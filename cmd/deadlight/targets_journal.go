@@ -150,14 +150,6 @@ func beginJournal(name string, header journalHeader) (err error) {
 	return syncDir(dir)
 }
 
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
 // resume reads a journal and makes it ready for more.
 func (j *journal) resume(hosts []target, header journalHeader) (map[string]bool, error) {
 	notOurs := func(format string, args ...any) error {

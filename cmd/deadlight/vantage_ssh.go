@@ -40,6 +40,9 @@ func lookOverSSH(ctx context.Context, e env, v verify.SSHVantage, file string, f
 	if err != nil {
 		return err
 	}
+	if isTerminal(e.stderr) {
+		printf(e.stderr, "sending this program to %s, which looks from there\n", oneLine(v.String())) // ssh may ask for a password below
+	}
 	code, err := v.Run(ctx, "/proc/self/exe", []string{fromVantage}, b, e.stdout, e.stderr)
 	switch {
 	case errors.Is(err, verify.ErrVantage):

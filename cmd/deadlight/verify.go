@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"strings"
 
@@ -212,7 +213,7 @@ func verifyTarget(ctx context.Context, e env, file string, f verifyFlags) error 
 	if err != nil {
 		return err
 	}
-	line := newProgress(e.stderr)
+	line := newProgress(e)
 	look.Progress = func(sent, total uint64) { line.update("probing "+strings.Join(f.Targets, ", "), sent, total) }
 	report, err := lookAt(ctx, look)
 	line.done()
@@ -277,7 +278,13 @@ func lookError(err error) error {
 
 func (f *verifyFlags) print(e env, file string, report *verify.Report) error {
 	if f.report.format == "text" {
-		printf(e.stdout, "%s against %s, seen from %s:\n", report.Target, printable(file), printable(report.Vantage))
+		err := forPeople(e, func(w io.Writer) error {
+			printf(w, "%s against %s, seen from %s:\n", report.Target, printable(file), printable(report.Vantage))
+			return nil
+		})
+		if err != nil {
+			return err
+		}
 	}
 	return f.report.print(e, report)
 }

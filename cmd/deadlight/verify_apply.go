@@ -88,7 +88,7 @@ func appliedReport(ctx context.Context, e env, file, dir string, rs *rules.Rules
 		return nil, err
 	}
 	noteVerdict(e, dir, newVerified(report, file, "all", from))
-	return report, report.WriteText(e.stdout)
+	return report, forPeople(e, report.WriteText)
 }
 
 // stateDirOf gives the directory of the state, for another process.

@@ -73,7 +73,7 @@ func badVantage(vantage, where string) error {
 // verifyHost probes the network namespace of the calling thread from outside. Its
 // errors are said for people.
 func verifyHost(ctx context.Context, e env, rs *rules.Ruleset, c hostCheck) (*verify.Report, error) {
-	line := newProgress(e.stderr)
+	line := newProgress(e)
 	report, err := verify.LookAtHost(ctx, verify.HostConfig{
 		Rules: rs, Ports: c.ports, Canaries: c.canaries, In: c.in, MaxRate: c.maxRate, PacketsOnly: c.packetsOnly,
 		Progress: func(sent, total uint64) { line.update("probing this host", sent, total) },
