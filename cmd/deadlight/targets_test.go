@@ -14,7 +14,7 @@ import (
 // Elsewhere than on a terminal a line a minute tells how far the run is.
 func TestManyProgress(t *testing.T) {
 	var b bytes.Buffer
-	p := newManyProgress(&b, 1000, 400)
+	p := newManyProgress(env{stderr: &b}, 1000, 400)
 	start := p.began
 	p.at(start, 0, 0.4)
 	p.host(&verify.Brief{Verdict: verify.Fail, Findings: []verify.BriefFinding{{Count: 3, Observed: verify.Open}, {Count: 7}}})
