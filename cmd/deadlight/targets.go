@@ -291,7 +291,7 @@ func readTargets(e env, f *verifyFlags, policy string, keep bool) ([]target, map
 	if bad {
 		return nil, nil, unusable(e, problems, consequence)
 	}
-	return hosts, policies, rules.Render(e.stderr, problems, "")
+	return hosts, policies, e.showProblems(problems, "")
 }
 
 // policyHint says how a policy that cannot be read came to be meant.

@@ -43,7 +43,7 @@ func verifyMany(ctx context.Context, e env, policy string, f verifyFlags) (err e
 	if os.Getenv("GOGC") == "" {
 		defer debug.SetGCPercent(debug.SetGCPercent(100))
 	}
-	line := newManyProgress(e.stderr, len(hosts), len(done))
+	line := newManyProgress(e, len(hosts), len(done))
 	each := func(i int, b *verify.Brief) error {
 		b.Name, b.Policy, b.Ended = rest[i].name, rest[i].policy, time.Now().UTC().Truncate(time.Millisecond)
 		if b.Target != rest[i].String() {
@@ -134,8 +134,10 @@ func (f *reportFlags) printMany(e env, m *verify.Many, hosts int) error {
 			err = writeFamilies(out, list)
 		}
 	default:
-		printf(out, "%s against %s:\n", plural(hosts, "host"), policies(m.Policies))
-		err = m.WriteText(out)
+		err = forPeople(e, func(w io.Writer) error {
+			printf(w, "%s against %s:\n", plural(hosts, "host"), policies(m.Policies))
+			return m.WriteText(w)
+		})
 	}
 	if err = errors.Join(err, out.Flush()); err != nil {
 		return refused(fmt.Errorf("print the report: %w", err), "")
@@ -164,10 +166,10 @@ type manyProgress struct {
 	sent        uint64  // at last
 }
 
-func newManyProgress(w io.Writer, all, done int) *manyProgress {
-	p := &manyProgress{w: w, drawn: isTerminal(w) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb", all: all, hosts: done, start: -1, every: time.Minute}
-	if p.drawn {
-		p.every = 250 * time.Millisecond
+func newManyProgress(e env, all, done int) *manyProgress {
+	p := &manyProgress{w: e.stderr, every: time.Minute, all: all, hosts: done, start: -1}
+	if isTerminal(e.stderr) && !e.plain && os.Getenv("NO_COLOR") == "" {
+		p.drawn, p.every = true, 250*time.Millisecond
 	}
 	p.began = time.Now()
 	p.last = p.began
@@ -210,6 +212,9 @@ func (p *manyProgress) at(now time.Time, sent uint64, part float64) {
 	}
 	p.last, p.sent = now, sent
 	if p.drawn {
+		if columns := width(p.w); columns > 0 { // a line that is broken in two cannot be wiped
+			text = text[:min(len(text), columns-1)]
+		}
 		fmt.Fprintf(p.w, "\r\x1b[K%s", text)
 	} else {
 		fmt.Fprintf(p.w, "deadlight: %s\n", text)

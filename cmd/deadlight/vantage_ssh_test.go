@@ -97,6 +97,11 @@ func TestVerifyOverSSH(t *testing.T) {
 		t.Errorf("left behind: %q", names)
 	}
 
+	manyOverSSH(t, l, policy, hole, vantage, config)
+	if names := left(); len(names) > 0 {
+		t.Errorf("left behind: %q", names)
+	}
+
 	// Who is interrupted in the middle leaves nothing either.
 	c := exec.Command(l.file("deadlight"), verifyArgs("--ports", "tcp", "--max-rate", "500")...)
 	if err := c.Start(); err != nil {
