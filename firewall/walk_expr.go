@@ -66,11 +66,21 @@ func (r *ruleRun) eval(e liveExpr) {
 	case "target":
 		r.xtTarget(e.data)
 	case "numgen":
-		r.reg.forget() // the comparison that follows is what cannot be told
+		r.numgen(e.data)
 	default:
 		r.reg.forget()
 		r.meet(maybe, false, "expression "+e.name)
 	}
+}
+
+// numgen draws a number: what is then compared or looked up cannot be told, unless
+// there is but one to draw.
+func (r *ruleRun) numgen(data []byte) {
+	b := blank(4, "numgen")
+	if attrNumber(data, unix.NFTA_NG_MODULUS) == 1 {
+		b = sure(native32(attrNumber(data, unix.NFTA_NG_OFFSET)), "numgen", asNative)
+	}
+	r.reg.set(attrNumber(data, unix.NFTA_NG_DREG), b)
 }
 
 func be16(b []byte) uint16 {
@@ -469,7 +479,7 @@ func (r *ruleRun) lookup(data []byte) {
 	r.answer(key, t, key.assumes())
 	switch {
 	case t == maybe && dreg != nil && be32(dreg) == unix.NFT_REG_VERDICT:
-		r.outside("the verdict depends on " + key.about)
+		r.choose(set, key)
 	case t == maybe:
 		r.reg.forget()
 	case t == yes && el != nil:
@@ -493,6 +503,36 @@ func (r *ruleRun) lookup(data []byte) {
 	case dreg != nil && !inverted && t == no && r.guessed:
 		r.reg.forget()
 	}
+}
+
+// choose takes every verdict of a map that a key, known in part, may lead to: as
+// where kube-proxy draws one of the endpoints of a service.
+func (r *ruleRun) choose(set *liveSet, key bits) {
+	var all [][]byte
+	if set != nil && set.keyLen > 0 && set.keyLen <= 64 {
+		var err error
+		if all, err = r.w.sets.allElements(r.t, set); err != nil {
+			r.w.err = err
+		}
+	}
+	if all == nil {
+		r.outside("the verdict depends on " + key.about)
+		return
+	}
+	if !r.acts() {
+		return
+	}
+	for _, el := range all {
+		if !set.mayHold(el, key) {
+			continue
+		}
+		one := *r
+		one.words, one.end = nil, endNone
+		one.verdictData(attrOf(el, unix.NFTA_SET_ELEM_DATA))
+		r.choices = append(r.choices, way{one.end, one.target})
+	}
+	r.end = endChoice
+	r.say("one of %d", len(r.choices))
 }
 
 // stateful runs the expressions that an element carries: a limit there can end

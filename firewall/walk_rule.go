@@ -156,31 +156,36 @@ func (w *walker) chain(t *liveTable, title string, depth int, certain bool) endi
 			res.doubt = &doubt
 		}
 		definite := r.met == yes
-		switch r.end {
-		case endNone:
+		if r.end == endNone {
 			continue
-		case endReturn:
-			res.put(stateFall, r.step)
-		case endAccept:
-			res.put(stateAccept, r.step)
-		case endDrop:
-			res.put(stateDrop, r.step)
-		case endReject:
-			res.put(stateReject, r.step)
-		case endUnsure:
-			res.put(stateUnsure, r.step)
-			if res.doubt == nil {
-				doubt := r.step
-				res.doubt = &doubt
+		}
+		for _, to := range r.ways() {
+			switch to.end {
+			case endNone:
+				definite = false
+			case endReturn:
+				res.put(stateFall, r.step)
+			case endAccept:
+				res.put(stateAccept, r.step)
+			case endDrop:
+				res.put(stateDrop, r.step)
+			case endReject:
+				res.put(stateReject, r.step)
+			case endUnsure:
+				res.put(stateUnsure, r.step)
+				if res.doubt == nil {
+					doubt := r.step
+					res.doubt = &doubt
+				}
+			case endJump, endGoto:
+				sub := w.chain(t, to.target, depth+1, certain && r.met == yes && res.empty())
+				if to.end == endJump {
+					falls := sub.has(stateFall)
+					sub.by[stateFall] = nil
+					definite = definite && !falls
+				}
+				res.merge(sub)
 			}
-		case endJump, endGoto:
-			sub := w.chain(t, r.target, depth+1, certain && definite && res.empty())
-			if r.end == endJump {
-				falls := sub.has(stateFall)
-				sub.by[stateFall] = nil
-				definite = definite && !falls
-			}
-			res.merge(sub)
 		}
 		if definite {
 			return res
@@ -203,7 +208,22 @@ const (
 	endJump
 	endGoto
 	endUnsure
+	endChoice // one of several, which cannot be told
 )
+
+// way is an end of a rule, with the chain that it leads to.
+type way struct {
+	end    ruleEnd
+	target string
+}
+
+// ways are the ends that a rule may have.
+func (r *ruleRun) ways() []way {
+	if r.end == endChoice {
+		return r.choices
+	}
+	return []way{{r.end, r.target}}
+}
 
 // ruleRun is one rule at work.
 type ruleRun struct {
@@ -222,6 +242,7 @@ type ruleRun struct {
 	met     truth
 	end     ruleEnd
 	target  string
+	choices []way // of endChoice
 	rewrite bool
 	touched bool // a statement would change the packet or its fate
 	step    Step
@@ -340,7 +361,7 @@ func (r *ruleRun) verdict() string {
 		return "jump " + r.target
 	case endGoto:
 		return "goto " + r.target
-	case endUnsure:
+	case endUnsure, endChoice:
 		return string(WalkUnknown)
 	}
 	if r.rewrite {

@@ -351,6 +351,41 @@ func TestWalkForeignTables(t *testing.T) {
 				}
 			}`,
 		},
+		"chance decides between chains that agree": {
+			policy: admitsWeb, port: 80, want: WalkDrop, by: "drop",
+			text: `table ip t {
+				chain one { drop
+				}
+				chain two { jump one
+				}
+				chain base { type filter hook input priority 0; policy accept;
+					numgen random mod 2 vmap { 0 : goto one, 1 : goto two }
+					drop
+				}
+			}`,
+		},
+		"chance decides between chains that do not": {
+			policy: admitsWeb, port: 80, want: WalkUnknown, by: "cannot tell", unknown: true,
+			text: `table ip t {
+				chain one { drop
+				}
+				chain two { accept
+				}
+				chain base { type filter hook input priority 0; policy accept;
+					numgen random mod 2 vmap { 0 : goto one, 1 : goto two }
+				}
+			}`,
+		},
+		"nothing is left to chance": {
+			policy: admitsWeb, port: 80, want: WalkDrop, by: "drop",
+			text: `table ip t {
+				chain one { drop
+				}
+				chain base { type filter hook input priority 0; policy accept;
+					numgen random mod 1 vmap { 0 : goto one }
+				}
+			}`,
+		},
 		"equal priorities that answer differently": {
 			policy: admitsWeb, port: 80, want: WalkUnknown, note: "order unknown", unknown: true,
 			text: `table ip t {

@@ -24,6 +24,8 @@ func (r *ruleRun) match(data []byte) {
 		t, why = r.w.xtConntrack(info)
 	case name == "multiport" && rev == 1:
 		t, soft, why = r.w.xtMultiport(info)
+	case (name == "tcp" || name == "udp") && rev == 0:
+		t, soft, why = r.w.xtPorts(name, info)
 	case name == "addrtype" && rev == 1:
 		t, soft, why = r.w.xtAddrtype(info)
 	case name == "limit":
@@ -131,6 +133,27 @@ func (w *walker) xtMultiport(info []byte) (t truth, soft bool, why string) {
 		t = t.not()
 	}
 	return t, b.assumes(), b.why
+}
+
+// xtPorts reads struct xt_tcp and struct xt_udp, as far as they are about ports;
+// iptables-nft leaves matches without any to them.
+func (w *walker) xtPorts(name string, info []byte) (t truth, soft bool, why string) {
+	proto, inverted := rules.TCP, 11 // the byte of flags
+	if name == "udp" {
+		proto, inverted = rules.UDP, 8
+	}
+	if len(info) <= inverted {
+		return maybe, false, ""
+	}
+	if w.packet.Protocol != proto {
+		return no, false, ""
+	}
+	ports := func(i int) uint16 { return binary.NativeEndian.Uint16(info[2*i:]) }
+	every := func(i int) bool { return ports(i) == 0 && ports(i+1) == 65535 }
+	if !every(0) || !every(2) || info[inverted] != 0 || name == "tcp" && (info[8] != 0 || info[9] != 0) {
+		return maybe, false, ""
+	}
+	return yes, false, ""
 }
 
 // xtAddrtype reads struct xt_addrtype_info_v1, whose masks have a bit for every

@@ -251,7 +251,7 @@ type targetAsker struct {
 	left  []unasked
 }
 
-func (a *targetAsker) all() error {
+func (a *targetAsker) all() {
 	for i := range a.cfg.Rules.Policy.Expect {
 		x := &a.cfg.Rules.Policy.Expect[i]
 		why := unaskable(a.cfg.Rules, x, a.cfg.Ports)
@@ -265,20 +265,16 @@ func (a *targetAsker) all() error {
 			why = "the probes enter by " + a.cfg.In
 		}
 		if why == "" {
-			var err error
-			if why, err = a.ask(x); err != nil {
-				return err
-			}
+			why = a.ask(x)
 		}
 		if why != "" {
 			a.left = append(a.left, unasked{x, why})
 		}
 	}
-	return nil
 }
 
 // ask probes an [[expect]] at every target that it may mean, or says why it cannot.
-func (a *targetAsker) ask(x *rules.Expect) (why string, err error) {
+func (a *targetAsker) ask(x *rules.Expect) (why string) {
 	src, dst := x.Packet.Src, x.Packet.Dst
 	why = "no target has an " + kindOf(src) + " address"
 	if dst.IsValid() {
@@ -299,7 +295,8 @@ func (a *targetAsker) ask(x *rules.Expect) (why string, err error) {
 		}
 		v, err := a.view(t, src)
 		if err != nil {
-			return "", err
+			why = fmt.Sprintf("from %v: %v", src, err)
+			continue
 		}
 		if v == nil {
 			why = "this vantage cannot send from " + src.String()
@@ -309,16 +306,16 @@ func (a *targetAsker) ask(x *rules.Expect) (why string, err error) {
 		asked = true
 		if isEcho(x) {
 			if len(a.ports) == 0 {
-				return tooMany, nil
+				return tooMany
 			}
 			a.views = append(a.views, echoView(v, x, a.ports[0]))
 			a.ports = a.ports[1:]
 		}
 	}
 	if asked {
-		return "", nil
+		return ""
 	}
-	return why, nil
+	return why
 }
 
 // view gives the one that looks at a target from an address; nil when it is none of ours.

@@ -89,7 +89,8 @@ func Connect(ctx context.Context, cfg Config) (*Result, error) {
 			return nil, err
 		}
 		alive = alive || p.res.Alive
-		sum += p.bound()
+		p.res.Bound = p.bound()
+		sum += p.res.Bound
 	}
 	if alive {
 		res.Bound = min(sum, 1)
@@ -498,6 +499,7 @@ func (c *connector) start(p *connectPath, a *attempt, id int) error {
 		_, err = unix.Write(fd, nil)
 	}
 	c.res.Probes++
+	p.res.Sent++
 	switch {
 	case a.canary:
 	case a.proto == rules.TCP:

@@ -16,14 +16,7 @@ import (
 // a cell, row by row. When is the time of the run.
 func (r *Report) WriteHTML(w io.Writer, when time.Time) error {
 	p := &page{}
-	p.add("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n")
-	p.add("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n")
-	p.add("<title>%s: %s</title>\n<style>%s</style>\n</head>\n<body>\n", r.Target, strings.ToUpper(r.Verdict.String()), raw(pageStyle))
-	p.add("<header class=\"%s\"><h1>%s</h1><p>%s</p>", r.Verdict.String(), strings.ToUpper(r.Verdict.String()), verdictWords[r.Verdict])
-	for _, s := range r.headlines() {
-		p.add("<p>%s</p>", s)
-	}
-	p.add("</header>\n")
+	p.begin(r.Target, r.Verdict, append([]string{verdictWords[r.Verdict]}, r.headlines()...)...)
 	p.add("<dl><dt>Host</dt><dd>%s</dd><dt>Seen from</dt><dd>%s</dd><dt>When</dt><dd>%s</dd><dt>Took</dt><dd>%.1f s, %s</dd></dl>\n",
 		r.Target, r.Vantage, when.Format("2006-01-02 15:04:05 MST"), r.Seconds, count(int(r.Probes), "packet", "packets"))
 	r.htmlFindings(p)
@@ -43,6 +36,18 @@ func (r *Report) WriteHTML(w io.Writer, when time.Time) error {
 	p.add("</body>\n</html>\n")
 	_, err := io.WriteString(w, p.b.String())
 	return err
+}
+
+// begin is the head of a page, with what it says in a line each.
+func (p *page) begin(title string, v Verdict, says ...string) {
+	p.add("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n")
+	p.add("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n")
+	p.add("<title>%s: %s</title>\n<style>%s</style>\n</head>\n<body>\n", title, strings.ToUpper(v.String()), raw(pageStyle))
+	p.add("<header class=\"%s\"><h1>%s</h1>", v.String(), strings.ToUpper(v.String()))
+	for _, s := range says {
+		p.add("<p>%s</p>", s)
+	}
+	p.add("</header>\n")
 }
 
 var verdictWords = [...]string{
@@ -249,17 +254,31 @@ func sweepName(key string) string {
 }
 
 func (r *Report) htmlMaps(p *page) {
-	p.add("<h2>Ports</h2>\n<p>A map shows every port of a protocol, row by row: port 0 at the top left, 65535 at the bottom right.</p>\n<ul class=\"legend\">")
+	p.add("<h2>Ports</h2>\n<p>A map shows every port of a protocol, row by row: port 0 at the top left, 65535 at the bottom right.</p>\n")
+	p.legend(true, len(r.Findings) > 0)
+	p.maps(r.States, r.Openings, r.htmlWrong)
+}
+
+// legend explains the colours and the frames of the maps.
+func (p *page) legend(rings, wrong bool) {
+	p.add("<ul class=\"legend\">")
 	for _, s := range []State{Open, Closed, Rejected, Filtered, Unknown} {
 		p.add("<li><b class=\"%s\"></b>%s: %s</li>", s, s, stateWords[s])
 	}
-	p.add("<li><b class=\"ring\"></b>listed by the policy</li>")
-	if len(r.Findings) > 0 {
+	if rings {
+		p.add("<li><b class=\"ring\"></b>listed by the policy</li>")
+	}
+	if wrong {
 		p.add("<li><b class=\"wrong\"></b>a finding</li>")
 	}
-	p.add("</ul>\n<div class=\"maps\">\n")
+	p.add("</ul>\n")
+}
+
+// maps draws the sweeps; mark, if not nil, adds to the map of each.
+func (p *page) maps(sweeps map[string]States, openings []Opening, mark func(p *page, key string)) {
+	p.add("<div class=\"maps\">\n")
 	for _, key := range sweepKeys {
-		states, ok := r.States[key]
+		states, ok := sweeps[key]
 		if !ok {
 			continue
 		}
@@ -270,22 +289,31 @@ func (r *Report) htmlMaps(p *page) {
 				p.add("<path class=\"%s\" d=\"%s\"/>\n", s, path)
 			}
 		}
-		for _, o := range r.Openings {
+		for _, o := range openings {
 			if o.Protocol+o.Family[3:] == key {
 				p.add("<rect class=\"ring\" x=\"%d\" y=\"%d\" width=\"5\" height=\"5\"><title>%d/%s %s</title></rect>\n",
 					int(o.Port&255)-2, int(o.Port>>8)-2, o.Port, o.Protocol, o.Rule)
 			}
 		}
-		r.htmlWrong(p, key)
-		p.add("</svg><figcaption>%s</figcaption>\n<table>\n", sweepName(key))
-		for _, s := range []State{Open, Closed, Rejected, Filtered, Unknown} {
-			if ports := states.of(s); ports != "" {
-				p.add("<tr><td class=\"%s\">%s</td><td class=\"ports\">%s</td></tr>\n", s, s, shorten(ports, 400))
-			}
+		if mark != nil {
+			mark(p, key)
 		}
-		p.add("</table></figure>\n")
+		p.add("</svg><figcaption>%s</figcaption>\n", sweepName(key))
+		p.states(states)
+		p.add("</figure>\n")
 	}
 	p.add("</div>\n")
+}
+
+// states lists the ports of a sweep.
+func (p *page) states(states States) {
+	p.add("<table>\n")
+	for _, s := range []State{Open, Closed, Rejected, Filtered, Unknown} {
+		if ports := states.of(s); ports != "" {
+			p.add("<tr><td class=\"%s\">%s</td><td class=\"ports\">%s</td></tr>\n", s, s, shorten(ports, 400))
+		}
+	}
+	p.add("</table>")
 }
 
 // stateWords say what each state means to who is outside.
@@ -458,7 +486,8 @@ rect.none{fill:#e3e5e8}rect.ring,rect.wrong{fill:none;stroke:#111;stroke-width:1
 td.fail{color:var(--failtext);font-weight:600}td.open{color:var(--opentext);font-weight:600}td.closed{color:var(--closedtext);font-weight:600}td.rejected{color:var(--rejectedtext);font-weight:600}td.filtered,td.pass{color:var(--filteredtext)}td.unknown{color:var(--unknowntext)}
 .legend{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1.4rem}.legend b{display:inline-block;width:.8em;height:.8em;margin-right:.4em;box-sizing:border-box}
 b.open{background:var(--open)}b.closed{background:var(--closed)}b.rejected{background:var(--rejected)}b.filtered{background:var(--filtered)}b.unknown{background:var(--unknown)}b.ring{border:2px solid currentColor}b.wrong{border:2px solid #ff1744}
-summary{cursor:pointer}
+td.inconclusive{color:var(--unknowntext);font-weight:600}details{margin:.3rem 0}
+summary{cursor:pointer;padding:.15rem 0}
 @media(max-width:700px){
 .wide,.wide tbody,.wide tr,.wide td{display:block}.wide thead,.wide td.none{display:none}
 .wide tr{padding:.4rem 0;border-bottom:1px solid var(--line)}.wide td{border:0;padding:0 0 0 6.5rem;white-space:normal;overflow-wrap:anywhere}

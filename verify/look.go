@@ -81,26 +81,20 @@ type LookConfig struct {
 func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	var views []View
 	var paths []Path
-	var names, sources []string
+	var sources []string
 	ports := freshPorts()
-	for i, dst := range cfg.Targets {
-		link, src, err := ResolveLink(dst)
-		if err != nil {
-			return nil, err
+	many := ManyConfig{Ports: cfg.Ports, Canaries: cfg.Canaries, In: cfg.In}
+	for i, w := range resolveLinks(cfg.Targets) {
+		if w.err != nil {
+			return nil, w.err
 		}
-		v := View{In: cfg.In, Sweep: true, Path: Path{
-			Link: link, Src: src, Dst: dst, SrcPort: ports[i], TCP: cfg.Ports.TCP, UDP: cfg.Ports.UDP,
-		}}
-		v.Path.Canaries = append(canaries(newExpecter(cfg.Rules, &v), &v.Path), cfg.Canaries...)
+		v := lookView(cfg.Rules, &many, cfg.Targets[i], w, ports[i])
 		views, paths = append(views, v), append(paths, v.Path)
-		names, sources = append(names, dst.String()), append(sources, fmt.Sprintf("%s (%s)", src, link.Name))
+		sources = append(sources, fmt.Sprintf("%s (%s)", w.src, w.link.Name))
 	}
 	asker := targetAsker{cfg: cfg, views: views, swept: len(views), ports: ports[len(views):]}
-	if err := asker.all(); err != nil {
-		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
-	}
-	views = asker.views
-	for _, v := range views[len(paths):] {
+	asker.all()
+	for _, v := range asker.views[len(paths):] {
 		paths = append(paths, v.Path)
 	}
 	probe := Sweep
@@ -109,28 +103,46 @@ func Look(ctx context.Context, cfg LookConfig) (*Report, error) {
 	}
 	res, err := probe(ctx, Config{Paths: paths, MaxRate: cfg.MaxRate, Progress: cfg.Progress})
 	if err != nil {
-		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
+		return nil, fmt.Errorf("look at %s: %w", names(cfg.Targets), err)
 	}
-	odd, err := lookOdd(ctx, cfg, views[:asker.swept])
+	odd, err := lookOdd(ctx, cfg, asker.views[:asker.swept])
 	if err != nil {
-		return nil, fmt.Errorf("look at %s: %w", strings.Join(names, ", "), err)
+		return nil, fmt.Errorf("look at %s: %w", names(cfg.Targets), err)
 	}
+	asker.cfg = cfg
+	return lookReport(&asker, sources, res, odd), nil
+}
+
+// lookView is how all ports of an address are looked at.
+func lookView(rs *rules.Ruleset, cfg *ManyConfig, dst netip.Addr, w wayOut, srcPort uint16) View {
+	v := View{In: cfg.In, Sweep: true, Path: Path{
+		Link: w.link, Src: w.src, Dst: dst, SrcPort: srcPort, TCP: cfg.Ports.TCP, UDP: cfg.Ports.UDP,
+	}}
+	v.Path.Canaries = append(canaries(newExpecter(rs, &v), &v.Path), cfg.Canaries...)
+	return v
+}
+
+// lookReport judges what was seen of a host, and notes what that does not cover.
+func lookReport(a *targetAsker, sources []string, res *Result, odd *odd) *Report {
+	cfg := &a.cfg
 	r := Judge(JudgeConfig{
-		Target: strings.Join(names, ", "), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: views, odd: odd, unasked: asker.left,
+		Target: names(cfg.Targets), Vantage: strings.Join(sources, ", "), Rules: cfg.Rules, Views: a.views, odd: odd, unasked: a.left,
 	}, res)
 	if other := otherProtocols(cfg.Rules.Policy, nil); other != "" {
 		r.Notes = append(r.Notes, "not judged, whether what is listed gets in: "+other)
 	}
-	if note := oddNote(cfg.Thorough); note != "" {
+	if cfg.Thorough > 0 && odd == nil {
+		r.Notes = append(r.Notes, "no adversarial probes: no path to the host was proven alive")
+	} else if note := oddNote(cfg.Thorough); note != "" {
 		r.Notes = append(r.Notes, note)
 	}
 	if cfg.Connect {
 		r.Notes = append(r.Notes, ConnectNotes()...)
 	}
-	for i := range asker.swept {
-		if len(paths[i].Canaries) == 0 {
-			r.Notes = append(r.Notes, fmt.Sprintf("%s has no canary: the policy opens no TCP port to this machine and answers no echo; name one with --canary", paths[i].Dst))
+	for i := range a.swept {
+		if p := &a.views[i].Path; len(p.Canaries) == 0 {
+			r.Notes = append(r.Notes, fmt.Sprintf("%s has no canary: the policy opens no TCP port to this machine and answers no echo; name one with --canary", p.Dst))
 		}
 	}
-	return r, nil
+	return r
 }

@@ -38,22 +38,49 @@ const (
 // nobody did yet, with one UDP datagram to that hop, and waits up to two
 // seconds for it.
 func ResolveLink(dst netip.Addr) (Link, netip.Addr, error) {
+	w := &resolveLinks([]netip.Addr{dst})[0]
+	if w.err != nil {
+		return Link{}, netip.Addr{}, w.err
+	}
+	return w.link, w.src, nil
+}
+
+// wayOut is how packets to an address leave, or why they do not.
+type wayOut struct {
+	link Link
+	src  netip.Addr
+	hop  netip.Addr
+	err  error
+}
+
+// resolveLinks is [ResolveLink] for many addresses, whose next hops are all waited
+// for at once.
+func resolveLinks(dsts []netip.Addr) []wayOut {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	dst = dst.Unmap()
+	ways := make([]wayOut, len(dsts))
+	for i, dst := range dsts {
+		ways[i].err = ways[i].route(dst.Unmap())
+	}
+	neighbours(ways)
+	return ways
+}
+
+// route finds all but the Ethernet address of the next hop.
+func (w *wayOut) route(dst netip.Addr) error {
 	if !dst.IsValid() || dst.IsUnspecified() || dst.IsMulticast() {
-		return Link{}, netip.Addr{}, fmt.Errorf("%v is no address of a host", dst)
+		return fmt.Errorf("%v is no address of a host", dst)
 	}
 	route, err := routeTo(dst)
 	if err != nil {
-		return Link{}, netip.Addr{}, err
+		return err
 	}
 	src, ok := netip.AddrFromSlice(route.Src)
 	if !ok {
-		return Link{}, netip.Addr{}, fmt.Errorf("%v: %w: no source address", dst, ErrNoRoute)
+		return fmt.Errorf("%v: %w: no source address", dst, ErrNoRoute)
 	}
-	link, err := linkOf(route, dst)
-	return link, src.Unmap(), err
+	w.src = src.Unmap()
+	return w.by(route, dst)
 }
 
 // resolveLinkFrom is [ResolveLink] for what comes from another address of this machine.
@@ -64,18 +91,23 @@ func resolveLinkFrom(dst, src netip.Addr) (Link, error) {
 	if err != nil {
 		return Link{}, err
 	}
-	return linkOf(route, dst)
+	ways := make([]wayOut, 1)
+	if err := ways[0].by(route, dst); err != nil {
+		return Link{}, err
+	}
+	neighbours(ways)
+	return ways[0].link, ways[0].err
 }
 
-// linkOf is how frames to dst leave by a route.
-func linkOf(route netlink.Route, dst netip.Addr) (Link, error) {
+// by takes a route, for what it says of the interface and the next hop.
+func (w *wayOut) by(route netlink.Route, dst netip.Addr) error {
 	dev, err := netlink.LinkByIndex(route.LinkIndex)
 	if err != nil {
-		return Link{}, fmt.Errorf("interface %d: %w", route.LinkIndex, err)
+		return fmt.Errorf("interface %d: %w", route.LinkIndex, err)
 	}
 	at := dev.Attrs()
 	if at.EncapType != "ether" || len(at.HardwareAddr) != 6 || at.RawFlags&unix.IFF_NOARP != 0 {
-		return Link{}, fmt.Errorf("%v over %s: %w", dst, at.Name, ErrNotEthernet)
+		return fmt.Errorf("%v over %s: %w", dst, at.Name, ErrNotEthernet)
 	}
 	hop := dst
 	if gw, ok := netip.AddrFromSlice(route.Gw); ok && !gw.Unmap().IsUnspecified() {
@@ -86,11 +118,8 @@ func linkOf(route netlink.Route, dst netip.Addr) (Link, error) {
 			hop = gw
 		}
 	}
-	mac, err := neighbour(hop.WithZone(""), at)
-	if err != nil {
-		return Link{}, err
-	}
-	return Link{Index: at.Index, Name: at.Name, Src: at.HardwareAddr, Dst: mac}, nil
+	w.link, w.hop = Link{Index: at.Index, Name: at.Name, Src: at.HardwareAddr}, hop.WithZone("")
+	return nil
 }
 
 // routeTo asks for the route of a packet to dst.
@@ -126,35 +155,78 @@ func routeBy(dst netip.Addr, opts *netlink.RouteGetOptions) (netlink.Route, erro
 	return r, fmt.Errorf("%v: %w", dst, ErrNoRoute)
 }
 
-// neighbour returns the Ethernet address of hop, which the kernel looks for if
-// it has to.
+// neighbour returns the Ethernet address of one next hop.
 func neighbour(hop netip.Addr, at *netlink.LinkAttrs) (net.HardwareAddr, error) {
-	family := netlink.FAMILY_V4
-	if hop.Is6() {
-		family = netlink.FAMILY_V6
-	}
+	ways := []wayOut{{link: Link{Index: at.Index, Name: at.Name}, hop: hop.WithZone("")}}
+	neighbours(ways)
+	return ways[0].link.Dst, ways[0].err
+}
+
+// neighbours finds the Ethernet addresses of the next hops, which the kernel looks
+// for if it has to.
+func neighbours(ways []wayOut) {
+	type wire struct{ index, family int }
 	until := time.Now().Add(neighbourLimit)
 	for asked := false; ; asked = true {
-		list, err := netlink.NeighList(at.Index, family)
-		if err != nil {
-			return nil, fmt.Errorf("list neighbours on %s: %w", at.Name, err)
-		}
-		for _, n := range list {
-			const usable = netlink.NUD_REACHABLE | netlink.NUD_STALE | netlink.NUD_DELAY | netlink.NUD_PROBE | netlink.NUD_PERMANENT
-			if a, ok := netip.AddrFromSlice(n.IP); ok && a.Unmap() == hop && n.State&usable != 0 && len(n.HardwareAddr) == 6 {
-				return n.HardwareAddr, nil
+		known := map[wire]map[netip.Addr]net.HardwareAddr{}
+		poked := map[netip.Addr]bool{}
+		missing := false
+		for i := range ways {
+			w := &ways[i]
+			if w.err != nil || w.link.Dst != nil {
+				continue
+			}
+			at := wire{w.link.Index, netlink.FAMILY_V4}
+			if w.hop.Is6() {
+				at.family = netlink.FAMILY_V6
+			}
+			if known[at] == nil {
+				if known[at], w.err = neighboursOn(at.index, at.family); w.err != nil {
+					w.err = fmt.Errorf("list neighbours on %s: %w", w.link.Name, w.err)
+					continue
+				}
+			}
+			if mac := known[at][w.hop]; mac != nil {
+				w.link.Dst = mac
+				continue
+			}
+			missing = true
+			if !asked && !poked[w.hop] {
+				poked[w.hop] = true
+				if err := poke(w.hop, w.link.Name); err != nil {
+					w.err = fmt.Errorf("ask for %v on %s: %w", w.hop, w.link.Name, err)
+				}
 			}
 		}
-		if !asked {
-			if err := poke(hop, at.Name); err != nil {
-				return nil, fmt.Errorf("ask for %v on %s: %w", hop, at.Name, err)
-			}
+		if !missing {
+			return
 		}
 		if time.Now().After(until) {
-			return nil, fmt.Errorf("%v on %s: %w", hop, at.Name, ErrNoNeighbour)
+			break
 		}
 		time.Sleep(neighbourPoll)
 	}
+	for i := range ways {
+		if w := &ways[i]; w.err == nil && w.link.Dst == nil {
+			w.err = fmt.Errorf("%v on %s: %w", w.hop, w.link.Name, ErrNoNeighbour)
+		}
+	}
+}
+
+// neighboursOn lists whom the kernel knows on an interface.
+func neighboursOn(index, family int) (map[netip.Addr]net.HardwareAddr, error) {
+	list, err := netlink.NeighList(index, family)
+	if err != nil {
+		return nil, err
+	}
+	out := map[netip.Addr]net.HardwareAddr{}
+	for _, n := range list {
+		const usable = netlink.NUD_REACHABLE | netlink.NUD_STALE | netlink.NUD_DELAY | netlink.NUD_PROBE | netlink.NUD_PERMANENT
+		if a, ok := netip.AddrFromSlice(n.IP); ok && n.State&usable != 0 && len(n.HardwareAddr) == 6 {
+			out[a.Unmap()] = n.HardwareAddr
+		}
+	}
+	return out, nil
 }
 
 // poke makes the kernel send something to hop, for which it must first know the

@@ -40,6 +40,9 @@ type Path struct {
 	// path, constant for the whole run. No two paths of a run share one.
 	SrcPort  uint16
 	Canaries []Canary // in order of preference; empty: silence stays Unknown
+	// Host is the same of all paths to one host: a path with few canaries borrows the
+	// loss of the others, which it must not do from another host.
+	Host int
 }
 
 // Config is what [Sweep] needs.
@@ -55,15 +58,9 @@ type Config struct {
 	// which means no more than that nothing came back, and whoever asks for a
 	// witness asks it too which probes passed ([Judge] does).
 	Arrived ArrivalCounter
-	// Each, if not nil, gets every path's result, in order, as soon as its group is
-	// done, and [Result] has none of them: a run over thousands of hosts then needs
-	// no more memory than one over some dozens. Its error ends the run.
-	Each func(path int, r PathResult) error
 	// Progress, if not nil, is called from the sending goroutine some times a
 	// second with the probes sent so far and a current estimate of the total.
 	Progress func(sent, total uint64)
-
-	group int // ports at a time; 0 means groupPorts
 }
 
 // Answer is the state of one port with its reason.
@@ -91,6 +88,9 @@ type PathResult struct {
 	ArrivedTCP, ArrivedUDP bool
 	// SentTCP and SentUDP count the probes put on the wire, repeats included.
 	SentTCP, SentUDP uint64
+	Sent             uint64 // canaries included
+	// Bound is the path's part of [Result.Bound].
+	Bound float64
 	// Err is why the path ended, where the vantage knows it: its link went down
 	// or refused frames. It is nil for a path that merely fell silent.
 	Err error
@@ -104,7 +104,7 @@ type Target struct {
 
 // Result is what a [Sweep] showed.
 type Result struct {
-	Paths []PathResult // parallel to Config.Paths; nil with Config.Each
+	Paths []PathResult // parallel to Config.Paths
 	// Bound is an upper bound of the probability that any TCP answer was missed; 1
 	// if no path lives. Ports whose probes were counted on arrival add nothing to it.
 	Bound   float64

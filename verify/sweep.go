@@ -56,19 +56,14 @@ const (
 // and [Result]. It needs CAP_NET_RAW there and the interfaces up. Silence on a
 // path whose canaries do not answer is [Unknown], never [Filtered].
 //
-// Many paths are probed in groups, one after the other, so that memory is
-// bounded by a group; see [Config].Each.
+// All paths are probed at once: who has thousands of hosts cuts them into groups,
+// as [LookAtMany] does.
 //
 // If ctx ends, Sweep returns its error and no result.
 func Sweep(ctx context.Context, cfg Config) (*Result, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	return sweepGroups(ctx, cfg)
-}
-
-// sweepGroup probes some paths at once.
-func sweepGroup(ctx context.Context, cfg Config) (*Result, error) {
 	e, err := newEngine(ctx, cfg, time.Now())
 	if err != nil {
 		return nil, err
@@ -99,12 +94,13 @@ type engine struct {
 	key   secret
 	rng   *rand.Rand
 
-	paths []*sweepPath
-	flows []*flow
-	links []*sweepLink
-	pools []*pool
-	peers map[pair]*peer
-	ring  *ring
+	paths  []*sweepPath
+	flows  []*flow
+	links  []*sweepLink
+	pools  []*pool
+	poolOf map[poolKey]*pool
+	peers  map[pair]*peer
+	ring   *ring
 	// By our address and the source port of the probes: who is meant by an answer
 	// that comes from another address than the target's.
 	sources map[netip.AddrPort]*sweepPath
@@ -174,11 +170,18 @@ type canaryRef struct {
 	i  int
 }
 
-// pool is all paths over one link with one family. Small paths borrow its loss.
+// pool is all paths to one host over one link with one family. Small paths borrow
+// its loss.
 type pool struct {
 	rtt    histogram
 	run    tally // of canaries in rounds
 	probes int   // in this round
+}
+
+type poolKey struct {
+	link int
+	six  bool
+	host int
 }
 
 // sweepPath is a [Path] at work.
@@ -298,7 +301,7 @@ func newEngine(ctx context.Context, cfg Config, began time.Time) (*engine, error
 	}
 	e := &engine{
 		ctx: ctx, cfg: cfg, began: began,
-		peers: make(map[pair]*peer), sources: make(map[netip.AddrPort]*sweepPath),
+		poolOf: make(map[poolKey]*pool), peers: make(map[pair]*peer), sources: make(map[netip.AddrPort]*sweepPath),
 		pacer: newPacer(cfg.MaxRate),
 	}
 	var seed [32]byte
@@ -379,11 +382,12 @@ func (e *engine) addPath(index int) error {
 		}
 		i = len(e.links)
 		e.links = append(e.links, newSweepLink(l))
-		e.pools = append(e.pools, new(pool), new(pool)) // IPv4 and IPv6
 	}
-	p.link, p.pool = e.links[i], e.pools[2*i]
-	if c.Dst.Is6() {
-		p.pool = e.pools[2*i+1]
+	p.link = e.links[i]
+	of := poolKey{c.Link.Index, c.Dst.Is6(), c.Host}
+	if p.pool = e.poolOf[of]; p.pool == nil {
+		p.pool = new(pool)
+		e.poolOf[of], e.pools = p.pool, append(e.pools, p.pool)
 	}
 
 	key := pair{c.Src, c.Dst}
@@ -628,8 +632,8 @@ func (e *engine) judge(list []sweepProbe) {
 }
 
 // missRate bounds the loss in a path's rounds and windows that lost no more than usual:
-// the path's own over the whole run, or that of all paths over its link with its
-// family if it has too few canaries to tell.
+// the path's own over the whole run, or that of all paths to its host over its link with
+// its family if it has too few canaries to tell.
 func (p *sweepPath) missRate() float64 {
 	rate := p.run.upper()
 	if p.run.sent < ownSample {
@@ -665,6 +669,7 @@ func (e *engine) result() *Result {
 		r.From, r.Stray = p.from, p.stray
 		r.CanariesSent, r.CanariesLost = p.total.sent, p.total.lost
 		r.SentTCP, r.SentUDP = p.sentTCP, p.sentUDP
+		r.Sent = p.sentTCP + p.sentUDP + p.sent
 		r.TCP, r.UDP = p.tcpFlow.result(r.Alive), p.udpFlow.result(r.Alive)
 		r.Err = p.err
 		if r.Err == nil && !r.Alive { // it never lived
@@ -679,9 +684,10 @@ func (e *engine) result() *Result {
 		miss := p.tcpFlow.misses()
 		for j, a := range r.TCP {
 			if a.State == Filtered {
-				sum += miss[p.tcpFlow.good[j]]
+				r.Bound += miss[p.tcpFlow.good[j]]
 			}
 		}
+		sum += r.Bound
 	}
 	if alive {
 		res.Bound = min(sum, 1)

@@ -166,6 +166,9 @@ func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources, w
 	if r, err = h.newRecord(file, rs, from); err != nil {
 		return res, r, err
 	}
+	if err := h.warnGuests(e.stderr, last, rs); err != nil {
+		return res, r, err
+	}
 	load := rs
 	if within > 0 {
 		if load, err = h.putOnTrial(r, rs, within); err != nil {

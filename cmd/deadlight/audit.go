@@ -55,7 +55,7 @@ stopped though listed, 2 policy error, 3 could not tell, as without root.`,
 		if asJSON {
 			err = writeJSON(e.stdout, a)
 		} else {
-			err = a.print(e.stdout)
+			err = forPeople(e, a.print)
 		}
 		if code := a.code(); err == nil && code != exitOK {
 			err = silently(code)

@@ -5,12 +5,9 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"unicode/utf8"
-
-	"golang.org/x/term"
 )
 
 // print renders the audit for people. What netstat --tcp --listening --numeric
@@ -68,18 +65,14 @@ func (a *auditJSON) printTable(out io.Writer) error {
 	}
 }
 
-// fits reports whether no line is wider than the terminal; anything else takes all.
+// fits reports whether no line is wider than the page; one without a width takes all.
 func fits(out io.Writer, text string) bool {
-	f, ok := out.(*os.File)
-	if !ok || !term.IsTerminal(int(f.Fd())) {
-		return true
-	}
-	width, _, err := term.GetSize(int(f.Fd()))
-	if err != nil || width <= 0 {
+	p, ok := out.(*page)
+	if !ok || p.width == 0 {
 		return true
 	}
 	for line := range strings.Lines(text) {
-		if utf8.RuneCountInString(strings.TrimSuffix(line, "\n")) > width {
+		if utf8.RuneCountInString(strings.TrimSuffix(line, "\n")) > p.width {
 			return false
 		}
 	}

@@ -2,10 +2,10 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -48,12 +48,30 @@ func check(e env, file string, strict bool) error {
 	if rs == nil || strict && len(problems) > 0 {
 		return unusable(e, problems, "policy not loaded")
 	}
-	if err := rules.Render(e.stderr, problems, ""); err != nil {
+	if err := e.showProblems(problems, ""); err != nil {
 		return err
 	}
-	p := rs.Policy
-	printf(e.stdout, "%s: valid, %s\n", printable(file), plural(len(p.Open), "opening"))
-	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
+	if err := forPeople(e, func(out io.Writer) error { return printPolicy(out, file, rs.Policy) }); err != nil {
+		return err
+	}
+	failed := failing(rs)
+	for _, f := range failed {
+		printf(e.stderr, "%s: %s\n", printable(f.pos.String()), printable(f.text))
+	}
+	if len(failed) > 0 {
+		printf(e.stderr, "deadlight: %s of %d not as the policy says\n", plural(len(failed), "expectation"), len(rs.Policy.Expect))
+		return silently(exitFindings)
+	}
+	if n := len(rs.Policy.Expect); n > 0 {
+		printf(e.stdout, "%s met\n", plural(n, "expectation"))
+	}
+	return nil
+}
+
+// printPolicy says what a policy opens.
+func printPolicy(out io.Writer, file string, p *rules.Policy) error {
+	printf(out, "%s: valid, %s\n", printable(file), plural(len(p.Open), "opening"))
+	w := newTable(out)
 	for i := range p.Block {
 		b := &p.Block[i]
 		printf(w, "  block\t%s\t%q\t%s\n", what(&b.Traffic), b.Name, fromWhere(&b.Traffic))
@@ -72,26 +90,15 @@ func check(e env, file string, strict bool) error {
 		return err
 	}
 	if p.Default.Observe {
-		printf(e.stdout, "enforce = false: nothing is dropped, what would be is counted\n")
+		printf(out, "enforce = false: nothing is dropped, what would be is counted\n")
 	}
-	printf(e.stdout, "Everything else: %s\n", map[rules.Action]string{
+	printf(out, "Everything else: %s\n", map[rules.Action]string{
 		rules.Drop: "dropped, filtered as seen from outside", rules.Reject: "rejected, the sender is told"}[p.Default.Input])
 	if p.Default.Output != rules.Accept {
-		printf(e.stdout, "What leaves unlisted: %s\n", map[rules.Action]string{rules.Drop: "dropped", rules.Reject: "rejected"}[p.Default.Output])
+		printf(out, "What leaves unlisted: %s\n", map[rules.Action]string{rules.Drop: "dropped", rules.Reject: "rejected"}[p.Default.Output])
 	}
 	if !p.ICMP.Echo {
-		printf(e.stdout, "Echo requests (ping) are not answered\n")
-	}
-	failed := failing(rs)
-	for _, f := range failed {
-		printf(e.stderr, "%s: %s\n", printable(f.pos.String()), printable(f.text))
-	}
-	if len(failed) > 0 {
-		printf(e.stderr, "deadlight: %s of %d not as the policy says\n", plural(len(failed), "expectation"), len(p.Expect))
-		return silently(exitFindings)
-	}
-	if n := len(p.Expect); n > 0 {
-		printf(e.stdout, "%s met\n", plural(n, "expectation"))
+		printf(out, "Echo requests (ping) are not answered\n")
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"net"
 	"slices"
 	"strings"
 
@@ -30,7 +31,7 @@ func addCompletions(root *cobra.Command) {
 		case strings.HasPrefix(args, "FILE"):
 			c.ValidArgsFunction = anyFile
 		case strings.HasPrefix(args, "[EXAMPLE"):
-			c.ValidArgsFunction = cobra.FixedCompletions(configs.Names(), cobra.ShellCompDirectiveNoFileComp)
+			c.ValidArgsFunction = oneExample
 		default:
 			c.ValidArgsFunction = cobra.NoFileCompletions
 		}
@@ -62,7 +63,9 @@ func flagValues(f *pflag.Flag) cobra.CompletionFunc {
 	case "warnings":
 		return cobra.FixedCompletions([]cobra.Completion{"show", "error"}, cobra.ShellCompDirectiveNoFileComp)
 	case "ports":
-		return cobra.FixedCompletions([]cobra.Completion{"all", "tcp", "udp"}, cobra.ShellCompDirectiveNoFileComp)
+		return someOf
+	case "canary":
+		return canaryPorts
 	}
 	words := map[string][]cobra.Completion{
 		"format": formats(), "proof": {"host", "packets"}, "thorough": {"0", "1", "2"}, "vantage": {"netns", "ssh://"},
@@ -83,6 +86,13 @@ func anyFile(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellC
 
 func tomlFile(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
 	return []cobra.Completion{"toml"}, cobra.ShellCompDirectiveFilterFileExt
+}
+
+func oneExample(_ *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return configs.Names(), cobra.ShellCompDirectiveNoFileComp
 }
 
 func onePolicy(c *cobra.Command, args []string, start string) ([]cobra.Completion, cobra.ShellCompDirective) {
@@ -125,6 +135,11 @@ func onePort(c *cobra.Command, args []string, start string) ([]cobra.Completion,
 	if p == nil {
 		return nil, directive
 	}
+	return portsOf(p, start), directive
+}
+
+// portsOf offers the ports of a policy, in its order, with the names of the rules.
+func portsOf(p *rules.Policy, start string) []cobra.Completion {
 	var ports []string
 	named := map[string][]string{}
 	add := func(kind string, t *rules.Traffic) {
@@ -156,10 +171,47 @@ func onePort(c *cobra.Command, args []string, start string) ([]cobra.Completion,
 	for _, port := range ports {
 		out = append(out, cobra.CompletionWithDesc(port, strings.Join(named[port], ", ")))
 	}
-	return out, directive
+	return out
 }
 
-// interfaceNames offers the interfaces that the policy names in full.
+// someOf offers what --ports takes: all of a protocol, or ports of the policy.
+func someOf(c *cobra.Command, args []string, start string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	before, last := "", start
+	if i := strings.LastIndexByte(start, ','); i >= 0 {
+		before, last = start[:i+1], start[i+1:]
+	}
+	var out []cobra.Completion
+	for _, word := range []string{"all", "tcp", "udp"} {
+		if strings.HasPrefix(word, last) {
+			out = append(out, before+word)
+		}
+	}
+	if p := asked(c, args); p != nil {
+		for _, port := range portsOf(p, last) {
+			if name, _, _ := strings.Cut(port, "\t"); strings.HasSuffix(name, "/tcp") || strings.HasSuffix(name, "/udp") {
+				out = append(out, before+port)
+			}
+		}
+	}
+	return out, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveKeepOrder
+}
+
+// canaryPorts offers the numbers of the TCP ports that the policy opens or blocks.
+func canaryPorts(c *cobra.Command, args []string, start string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	var out []cobra.Completion
+	if p := asked(c, args); p != nil {
+		for _, port := range portsOf(p, start) {
+			name, rule, _ := strings.Cut(port, "\t")
+			if number, tcp := strings.CutSuffix(name, "/tcp"); tcp {
+				out = append(out, cobra.CompletionWithDesc(number, rule))
+			}
+		}
+	}
+	return out, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveKeepOrder
+}
+
+// interfaceNames offers the interfaces that the policy names in full, and those of
+// this host.
 func interfaceNames(c *cobra.Command, args []string, start string) ([]cobra.Completion, cobra.ShellCompDirective) {
 	var out []cobra.Completion
 	if p := asked(c, args); p != nil {
@@ -175,6 +227,13 @@ func interfaceNames(c *cobra.Command, args []string, start string) ([]cobra.Comp
 		}
 		for i := range p.Open {
 			add(&p.Open[i].Traffic)
+		}
+	}
+	if list, err := net.Interfaces(); err == nil {
+		for _, i := range list {
+			if i.Flags&net.FlagLoopback == 0 && strings.HasPrefix(i.Name, start) {
+				out = append(out, i.Name)
+			}
 		}
 	}
 	slices.Sort(out)

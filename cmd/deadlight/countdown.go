@@ -48,28 +48,28 @@ func countDown(ctx context.Context, e env, dir string, trial *firewall.Record) e
 	if err != nil {
 		return hostError(err, "deadlight status")
 	}
-	wipe := func() { printf(e.stderr, "\r\x1b[K") }
+	line := newProgress(e)
 	for {
 		now, err := state.PendingIndex()
 		if errors.Is(err, firewall.ErrNoState) || err == nil && now.Table != trial.Table {
-			wipe()
+			line.done()
 			return outcome(e, state, trial)
 		}
 		if err != nil {
-			wipe()
+			line.done()
 			return hostError(err, "deadlight status")
 		}
 		left := time.Until(trial.Deadline)
 		if left <= -step { // the cleaner had its time
 			if _, err := endTrial(dir, trial.Table); err != nil && !errors.Is(err, firewall.ErrLocked) {
-				wipe()
+				line.done()
 				return hostError(err, "deadlight rollback")
 			}
 		}
-		printf(e.stderr, "\r\x1b[K%d s left to confirm", int(max(left+time.Second-1, 0).Seconds()))
+		line.say(fmt.Sprintf("%d s left to confirm", int(max(left+time.Second-1, 0).Seconds())))
 		select {
 		case <-ctx.Done():
-			wipe()
+			line.done()
 			printf(e.stderr, "deadlight: the trial goes on until %s: deadlight confirm keeps the policy, deadlight rollback ends it\n", clock(trial.Deadline))
 			return ctx.Err()
 		case <-time.After(step):

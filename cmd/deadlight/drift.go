@@ -57,7 +57,7 @@ printed: fit for cron, CI and configuration management.`,
 		case asJSON:
 			err = writeJSON(e.stdout, d)
 		default:
-			d.print(e.stdout)
+			err = forPeople(e, func(w io.Writer) error { d.print(w); return nil })
 		}
 		if err == nil && d.Drift {
 			err = silently(exitFindings)

@@ -115,7 +115,7 @@ func explain(e env, what string, f explainFlags) error {
 	if f.json {
 		err = writeJSON(e.stdout, x)
 	} else {
-		x.print(e.stdout)
+		err = forPeople(e, func(w io.Writer) error { x.print(w); return nil })
 	}
 	switch {
 	case err != nil:

@@ -73,17 +73,17 @@ func (f *reportFlags) print(e env, r *verify.Report) error {
 	case "prometheus":
 		err = writeFamilies(e.stdout, verification(r, time.Now()))
 	default:
-		err = r.WriteText(e.stdout)
+		err = forPeople(e, r.WriteText)
 	}
 	if err != nil {
 		return err
 	}
-	return verdictCode(r)
+	return codeOf(r.Verdict)
 }
 
-// verdictCode is the exit code of a verdict.
-func verdictCode(r *verify.Report) error {
-	switch r.Verdict {
+// codeOf is the exit code of a verdict.
+func codeOf(v verify.Verdict) error {
+	switch v {
 	case verify.Fail:
 		return silently(exitFindings)
 	case verify.Inconclusive:
@@ -95,38 +95,63 @@ func verdictCode(r *verify.Report) error {
 // verification is a report as metrics, for the textfile collector of node_exporter
 // or a push.
 func verification(r *verify.Report, at time.Time) []metricFamily {
-	target := []string{"target", r.Target}
+	return verificationOf([]string{"target", r.Target}, r.Brief("", "", at))
+}
+
+// verificationOfMany has the same metrics for each host.
+func verificationOfMany(m *verify.Many, at time.Time) ([]metricFamily, error) {
+	var out []metricFamily
+	err := m.Each(func(b *verify.Brief) error {
+		list := verificationOf([]string{"target", b.Target, "name", b.Name}, b)
+		for i := range list {
+			if out == nil {
+				out = list
+				break
+			}
+			out[i].samples = append(out[i].samples, list[i].samples...)
+		}
+		return nil
+	})
+	return append(out, single("gauge", "verify_run_timestamp_seconds", "When the run over all hosts ended.", float64(at.UnixMilli())/1000)), err
+}
+
+func verificationOf(target []string, b *verify.Brief) []metricFamily {
+	with := func(more ...string) []string { return slices.Concat(target, more) }
 	verdicts := metricFamily{kind: "gauge", name: "verify_verdict", help: "1 for the verdict of the last verification, 0 for the others."}
 	for v := verify.Pass; v <= verify.Fail; v++ {
 		is := 0.0
-		if v == r.Verdict {
+		if v == b.Verdict {
 			is = 1
 		}
-		verdicts.samples = append(verdicts.samples, sample{is, append(target[:2:2], "verdict", v.String())})
+		verdicts.samples = append(verdicts.samples, sample{is, with("verdict", v.String())})
 	}
 	ports := metricFamily{kind: "gauge", name: "verify_ports", help: "Ports of the sweeps by their state."}
 	for _, c := range []struct {
 		state verify.State
 		n     int
-	}{{verify.Open, r.Counts.Open}, {verify.Closed, r.Counts.Closed}, {verify.Rejected, r.Counts.Rejected}, {verify.Filtered, r.Counts.Filtered}, {verify.Unknown, r.Counts.Unknown}} {
-		ports.samples = append(ports.samples, sample{float64(c.n), append(target[:2:2], "state", c.state.String())})
+	}{{verify.Open, b.Counts.Open}, {verify.Closed, b.Counts.Closed}, {verify.Rejected, b.Counts.Rejected}, {verify.Filtered, b.Counts.Filtered}, {verify.Unknown, b.Counts.Unknown}} {
+		ports.samples = append(ports.samples, sample{float64(c.n), with("state", c.state.String())})
 	}
 	expects := metricFamily{kind: "gauge", name: "verify_expectations", help: "[[expect]] tables of the policy by what became of them."}
 	for _, result := range verify.ExpectResults() {
 		n := 0
-		for _, x := range r.Expects {
+		for _, x := range b.Expects {
 			if x.Result == result {
 				n++
 			}
 		}
-		expects.samples = append(expects.samples, sample{float64(n), append(target[:2:2], "result", result)})
+		expects.samples = append(expects.samples, sample{float64(n), with("result", result)})
+	}
+	findings := 0
+	for i := range b.Findings {
+		findings += b.Findings[i].Count
 	}
 	return []metricFamily{
 		verdicts, ports, expects,
-		single("gauge", "verify_findings", "Ports that are not as the policy says, or of which nothing can be said.", float64(len(r.Findings)), target...),
-		single("gauge", "verify_missed_answer_probability", "Upper bound of the probability that a TCP answer was missed.", r.Bound, target...),
-		single("gauge", "verify_duration_seconds", "How long the probing took.", r.Seconds, target...),
-		single("gauge", "verify_probes", "Packets sent.", float64(r.Probes), target...),
-		single("gauge", "verify_timestamp_seconds", "When the verification ended.", float64(at.UnixMilli())/1000, target...),
+		single("gauge", "verify_findings", "Ports that are not as the policy says, or of which nothing can be said.", float64(findings), target...),
+		single("gauge", "verify_missed_answer_probability", "Upper bound of the probability that a TCP answer was missed.", b.Bound, target...),
+		single("gauge", "verify_duration_seconds", "How long the probing took.", b.Seconds, target...),
+		single("gauge", "verify_probes", "Packets sent.", float64(b.Probes), target...),
+		single("gauge", "verify_timestamp_seconds", "When the verification ended.", float64(b.Ended.UnixMilli())/1000, target...),
 	}
 }

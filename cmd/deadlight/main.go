@@ -19,13 +19,14 @@ func main() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
 	}
-	os.Exit(run(os.Args[1:], env{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}))
+	os.Exit(run(os.Args[1:], env{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, plain: wantsPlain()}))
 }
 
 // env is what a command may touch of the process it runs in.
 type env struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
+	plain          bool // words alone: no columns, carets or lines that change
 }
 
 // run executes one command line and gives its exit code; it is the only way out.

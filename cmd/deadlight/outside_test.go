@@ -139,7 +139,7 @@ type verifyReport struct {
 
 func TestVerifyTarget(t *testing.T) {
 	l := newLab(t, labPolicy)
-	r := runJSON(t, exitOK, "verify", l.policy, "--target", l.host4.String(), "--target", l.host6.String(), "--json")
+	r := runJSON(t, exitOK, "verify", l.policy, "--target", l.host4.String()+","+l.host6.String(), "--json")
 	want := map[string]string{"tcp4": "80,443", "tcp6": "25,80,443", "udp4": "53", "udp6": "53"}
 	for k, open := range want {
 		if r.States[k].Open != open || r.States[k].Closed != "" || r.States[k].Unknown != "" {
@@ -159,7 +159,7 @@ func TestVerifyTarget(t *testing.T) {
 	if err := l.Command(t.Context(), hole, os.Stderr, os.Stderr); err != nil {
 		t.Fatal(err)
 	}
-	r = runJSON(t, exitFindings, "verify", l.policy, "--target", l.host4.String(), "--target", l.host6.String(), "--ports", "tcp", "--json")
+	r = runJSON(t, exitFindings, "verify", l.policy, "--target", l.host4.String()+","+l.host6.String(), "--ports", "tcp", "--json")
 	if len(r.Findings) != 1 || r.Findings[0].Port != 3306 || r.Findings[0].Family != "ipv4" || r.Findings[0].Observed != "open" {
 		t.Errorf("findings %+v", r.Findings)
 	}
@@ -171,7 +171,7 @@ func TestVerifyTarget(t *testing.T) {
 // Without the right to send raw packets connect(2) looks, and says what it cannot tell.
 func TestVerifyConnect(t *testing.T) {
 	l := newLab(t, labPolicy)
-	r := runJSON(t, exitOK, "verify", l.policy, "--connect", "--target", l.host4.String(), "--target", l.host6.String(), "--ports", "1-1000/tcp,50-60/udp", "--json")
+	r := runJSON(t, exitOK, "verify", l.policy, "--connect", "--target", l.host4.String()+","+l.host6.String(), "--ports", "1-1000/tcp,50-60/udp", "--json")
 	for k, open := range map[string]string{"tcp4": "80,443", "tcp6": "25,80,443", "udp4": "53", "udp6": "53"} {
 		if r.States[k].Open != open || r.States[k].Closed != "" || r.States[k].Unknown != "" {
 			t.Errorf("%s: %+v, want open %s", k, r.States[k], open)
@@ -219,7 +219,7 @@ func TestNmapAgrees(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t, policy)
-			r := runJSON(t, exitOK, "verify", l.policy, "--target", l.host4.String(), "--target", l.host6.String(), "--ports", "tcp", "--json")
+			r := runJSON(t, exitOK, "verify", l.policy, "--target", l.host4.String()+","+l.host6.String(), "--ports", "tcp", "--json")
 			for key, addr := range map[string]netip.Addr{"tcp4": l.host4, "tcp6": l.host6} {
 				ours := asNmap(t, r.States[key])
 				theirs := nmap(t, addr, "-p-", "--min-rate", "20000", "--max-retries", "2")

@@ -29,7 +29,8 @@ func newPlanCommand(e env) *cobra.Command {
 Above stand the rules that come (+), go (-) or change (~); what neither the policy
 nor the last applied one explains was changed by hand. Below stand the ports as
 seen from outside, with the processes that listen on them, and what beside
-Deadlight bears on the policy (deadlight status --help).
+Deadlight bears on the policy (deadlight status --help). It warns of DNS and DHCP
+servers that containers and virtual machines would lose, with what to add.
 
 When the kernel holds what was last applied, that policy says who reached a port
 before; else the running rules are asked what they do to a stranger.
@@ -61,10 +62,13 @@ type planJSON struct {
 	Notes      []string         `json:"notes"`
 	Lockout    []string         `json:"lockout"` // the caller's own sessions that it would cut
 	Ending     []firewall.Flow  `json:"ending"`  // established flows that it would end
+	// Guests are the DNS and DHCP servers that guests of a bridge would lose.
+	Guests []guestServiceJSON `json:"guests"`
 	// Interference is what beside Deadlight bears on the policy.
 	Interference []interferenceJSON `json:"interference"`
 
-	shown []changeJSON // those that no rule of the policy stands for
+	shown []changeJSON   // those that no rule of the policy stands for
+	rs    *rules.Ruleset // of the policy
 }
 
 // Who says what a port was before.
@@ -86,7 +90,7 @@ func plan(e env, file string, f planFlags) error {
 	if rs == nil {
 		return unusable(e, problems, "nothing planned")
 	}
-	if err := rules.Render(e.stderr, problems, ""); err != nil {
+	if err := e.showProblems(problems, ""); err != nil {
 		return err
 	}
 	p, err := planHere(file, f.state, rs)
@@ -100,7 +104,7 @@ func plan(e env, file string, f planFlags) error {
 	if f.json {
 		err = writeJSON(e.stdout, p)
 	} else {
-		err = p.print(e.stdout, f.all)
+		err = forPeople(e, func(w io.Writer) error { return p.print(w, f.all) })
 	}
 	if err != nil || len(p.Changes) == 0 {
 		return err
@@ -122,6 +126,7 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	p := &planJSON{
 		Schema: 1, Policy: file, Baseline: baseApplied,
 		Rules: []ruleChangeJSON{}, Changes: []changeJSON{}, Ports: []portJSON{}, Notes: []string{}, Ending: []firewall.Flow{},
+		Guests: []guestServiceJSON{}, rs: rs,
 	}
 	beside, err := h.conn.Interference(rs, h.conn.HostFiles())
 	if err != nil {
@@ -164,6 +169,9 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 		}
 	}
 	p.explain(changes, is, want, last, old, rs, who)
+	if p.Guests, err = cutGuestsHere(old, rs); err != nil {
+		return nil, err
+	}
 	found, err := listeners()
 	if err != nil {
 		return nil, err
@@ -402,6 +410,7 @@ func printEnding(out io.Writer, flows []firewall.Flow) {
 func (p *planJSON) print(out io.Writer, all bool) error {
 	defer func() {
 		printInterferences(out, p.Interference)
+		printGuests(out, "warning: ", p.Guests, p.rs)
 		for _, l := range p.Lockout {
 			printf(out, "warning: %s\n", oneLine(l))
 		}

@@ -54,7 +54,7 @@ func readGuarded(e env, file, consequence string, g *guard) (*rules.Ruleset, *so
 		return nil, nil, err
 	}
 	if rs != nil {
-		return rs, from, rules.Render(e.stderr, problems, "")
+		return rs, from, e.showProblems(problems, "")
 	}
 	return nil, nil, unusable(e, problems, consequence)
 }
@@ -63,7 +63,7 @@ func readGuarded(e env, file, consequence string, g *guard) (*rules.Ruleset, *so
 // consequence.
 func unusable(e env, problems []rules.Problem, consequence string) error {
 	last := fmt.Sprintf("deadlight: %s: %s", rules.Summary(problems), consequence)
-	return errors.Join(rules.Render(e.stderr, problems, last), silently(exitUsage))
+	return errors.Join(e.showProblems(problems, last), silently(exitUsage))
 }
 
 // parsePolicy reads a policy without printing anything; rs is nil if a problem

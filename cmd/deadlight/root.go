@@ -45,6 +45,9 @@ back, 130 interrupted.`,
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usageError(c.CommandPath()+" --help lists the flags", "%w", err)
 	})
+	root.SetHelpFunc(func(c *cobra.Command, _ []string) {
+		printf(e.stdout, "%s", help(c, width(e.stdout)))
+	})
 	root.AddGroup(
 		&cobra.Group{ID: groupWrite, Title: "Write a policy"},
 		&cobra.Group{ID: groupTry, Title: "Try it without risk"},
@@ -52,15 +55,31 @@ back, 130 interrupted.`,
 		&cobra.Group{ID: groupWatch, Title: "Watch and prove"},
 	)
 	root.AddCommand(
-		newInitCommand(e), newImportCommand(e), newCheckCommand(e), newExplainCommand(e), newShowCommand(e),
+		newInitCommand(e), newImportCommand(e), newCheckCommand(e), newExplainCommand(e), newShowCommand(e), newEditCommand(e),
 		newTryCommand(e),
 		newPlanCommand(e), newApplyCommand(e), newConfirmCommand(e), newRollbackCommand(e), newRemoveCommand(e), newCleanerCommand(e),
-		newStatusCommand(e), newDriftCommand(e), newWatchCommand(e), newAuditCommand(e), newVerifyCommand(e), newFromVantageCommand(e),
+		newStatusCommand(e), newDriftCommand(e), newWatchCommand(e), newAuditCommand(e), newVerifyCommand(e), newFromVantageCommand(e), newFromVantageManyCommand(e),
 		newVersionCommand(e),
 		newPolicyTopic(),
 	)
 	addCompletions(root)
 	return root
+}
+
+// help is the text of --help, fitted to a terminal of so many columns; 0: to none.
+func help(c *cobra.Command, width int) string {
+	about, usage := c.Long, ""
+	if about == "" {
+		about = c.Short
+	}
+	about = strings.TrimSpace(about)
+	if c.Runnable() || c.HasSubCommands() {
+		usage = "\n\n" + c.UsageString()
+	}
+	if width > 0 {
+		return refill(about, width) + fold(usage, width)
+	}
+	return about + usage
 }
 
 // policyArg takes the optional POLICY.

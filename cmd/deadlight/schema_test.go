@@ -42,7 +42,9 @@ func jsonObjects() map[string]any {
 		"status":  statusJSON{},
 		"drift":   driftJSON{},
 		"verify":  verify.Report{},
-		"audit":   auditJSON{},
+		// verify of several hosts.
+		"verify-targets": verify.Many{},
+		"audit":          auditJSON{},
 	}
 }
 
@@ -52,6 +54,7 @@ func jsonWords() map[string][]string {
 	for s := range slices.Values([]verify.State{verify.Open, verify.Closed, verify.Rejected, verify.Filtered, verify.Unknown}) {
 		states = append(states, s.String())
 	}
+	verdicts := []string{verify.Pass.String(), verify.Inconclusive.String(), verify.Fail.String()}
 	families := []string{rules.IPv4.String(), rules.IPv6.String(), rules.Both.String()}
 	return map[string][]string{
 		"findingJSON.kind":          {"unlisted", "stopped"},
@@ -70,13 +73,16 @@ func jsonWords() map[string][]string {
 		"portJSON.family":           families,
 		"problemFields.severity":    {rules.Error.String(), rules.Warning.String()},
 		"ruleChangeJSON.action":     {"add", "remove", "change"},
+		"Brief.verdict":             verdicts,
+		"BriefFinding.observed":     states,
 		"Expected.expected":         {rules.OutcomeOpen.String(), rules.OutcomeFiltered.String(), rules.OutcomeRejected.String()},
 		"Expected.observed":         states,
 		"Expected.result":           verify.ExpectResults(),
 		"Finding.observed":          states,
+		"Many.verdict":              verdicts,
 		"Opening.state":             states,
 		"Report.proof":              {"host", "packets"},
-		"Report.verdict":            {verify.Pass.String(), verify.Inconclusive.String(), verify.Fail.String()},
+		"Report.verdict":            verdicts,
 		"Restriction.place":         {"inside", "edge", "beside"},
 		"chainJSON.policy":          {"accept", "drop"},
 	}
@@ -270,7 +276,7 @@ func (m *schemaMaker) schemaOf(command string, printed any) []byte {
 	m.defs, m.types = map[string]object{}, map[string]reflect.Type{}
 	out := object{
 		{"$schema", "https://json-schema.org/draft/2020-12/schema"},
-		{"title", "deadlight " + command + " --json"},
+		{"title", "deadlight " + strings.ReplaceAll(command, "-targets", " --targets") + " --json"},
 	}
 	out = append(out, m.fields(reflect.TypeOf(printed))...)
 	if len(m.defs) > 0 {
@@ -297,6 +303,7 @@ func TestSchemas(t *testing.T) {
 	objects := jsonObjects()
 	want := map[string]bool{"policy.json": true}
 	_, commands := commandsForPeople()
+	names := []string{"verify-targets"}
 	for name, c := range commands {
 		if c.Flags().Lookup("json") == nil {
 			continue
@@ -305,6 +312,9 @@ func TestSchemas(t *testing.T) {
 			t.Errorf("deadlight %s --json prints what jsonObjects does not name", name)
 			continue
 		}
+		names = append(names, name)
+	}
+	for _, name := range names {
 		file := "schema/" + name + ".json"
 		want[name+".json"] = true
 		now := m.schemaOf(name, objects[name])

@@ -269,7 +269,7 @@ func selfTestOf(ctx context.Context, e env, list []breakage, asJSON bool) error 
 			Name: b.name, Load: b.load(p), Want: b.want, At: b.at, HostOnly: b.hostOnly, Cut: b.cut, IPv6: b.six,
 		})
 	}
-	line := newProgress(e.stderr)
+	line := newProgress(e)
 	done := uint64(0)
 	cfg.Done = func(r verify.SelfTestResult) {
 		done++

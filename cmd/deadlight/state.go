@@ -74,12 +74,19 @@ func (h *host) close() error {
 func (h *host) look() (*firewall.Snapshot, error) { return h.conn.Snapshot(rules.TableName) }
 
 // hush waits until nobody listens for nftables events, which a watch of ours stops
-// doing when it is asked to; of others it warns.
+// doing when it is asked to; of others it warns. What is loaded then takes a while,
+// and is said on a terminal.
 func (h *host) hush(e env) func(elements int) (func() error, error) {
 	return func(elements int) (func() error, error) {
-		done, err := h.state.Hush()
+		asked, err := h.state.Hush()
 		if err != nil {
 			return nil, err
+		}
+		line := newProgress(e)
+		loading := func() { line.say(fmt.Sprintf("loading %d elements of sets", elements)) }
+		done := func() error {
+			line.done()
+			return asked()
 		}
 		for end := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
 			list, err := firewall.Listeners()
@@ -87,11 +94,13 @@ func (h *host) hush(e env) func(elements int) (func() error, error) {
 				return nil, errors.Join(err, done())
 			}
 			if len(list) == 0 {
+				loading()
 				return done, nil
 			}
 			if time.Now().After(end) {
 				printf(e.stderr, "deadlight: warning: %s (pid %d) listens for nftables events: the kernel makes one of each of %d elements, which takes many times longer and about %d MB until then\n",
 					oneLine(list[0].Comm), list[0].PID, elements, elements*12/1000)
+				loading()
 				return done, nil
 			}
 		}

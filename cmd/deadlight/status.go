@@ -53,7 +53,7 @@ says. Exit codes: 0 as the policy says, 1 findings, 3 could not tell.`,
 		if asJSON {
 			err = writeJSON(e.stdout, s)
 		} else {
-			s.print(e.stdout)
+			err = forPeople(e, func(w io.Writer) error { s.print(w); return nil })
 		}
 		if code := s.code(); err == nil && code != exitOK {
 			err = silently(code)

@@ -268,7 +268,8 @@ type machine struct {
 	mac    net.HardwareAddr
 }
 
-func newMachine(t *testing.T) *machine {
+// newMachine has the programs of these packages too.
+func newMachine(t *testing.T, packages ...string) *machine {
 	t.Helper()
 	m := &machine{T: t, dir: t.TempDir()}
 	ids, err := os.ReadFile("/proc/self/uid_map")
@@ -279,7 +280,7 @@ func newMachine(t *testing.T) *machine {
 	if _, err := exec.LookPath("systemd-nspawn"); err != nil {
 		t.Fatalf("install systemd-container, or use .ci/test: %v", err)
 	}
-	archive := strings.TrimSpace(m.output("../../.ci/debian-root"))
+	archive := strings.TrimSpace(m.output("../../.ci/debian-root", packages...))
 	m.mount("tmpfs", m.dir, "tmpfs", "size=64m,mode=0755")
 	for _, d := range []string{"root", "report", "cgroup", "kept"} {
 		m.check(os.Mkdir(filepath.Join(m.dir, d), 0o755))
@@ -550,8 +551,7 @@ journalctl --sync
 journalctl -b -q -o cat _SYSTEMD_UNIT=deadlight.service >/report/says
 systemctl poweroff
 `)
-	args := []string{"--boot", "-D", m.path("root"), "--register=no", "--keep-unit", "--machine=deadlight-test", "--console=pipe", "--settings=no",
-		"--network-namespace-path=" + m.path("netns"), "--capability=CAP_NET_ADMIN,CAP_NET_RAW", "--bind=" + m.path("report") + ":/report"}
+	var args []string
 	if fixed {
 		args = append(args, "--read-only")
 	}
@@ -578,16 +578,7 @@ systemctl poweroff
 		defer close(answering)
 		asks = m.answerAsks(ctx, probes)
 	}()
-	cmd := exec.CommandContext(ctx, "unshare", append([]string{"--mount", "--propagation", "private", "sh", "-ec", `
-umount -R /sys/fs/cgroup 2>/dev/null || true
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
-echo $$ >/sys/fs/cgroup/"$0"/cgroup.procs
-exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
-	var console bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &console, &console
-	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_TMPFS_TMP=0") // /tmp is on the disk, which may be full
-	cmd.WaitDelay = 5 * time.Second
-	err := cmd.Run()
+	console, err := m.power(ctx, args...)
 	cancel()
 	<-answering
 	last := probes[0].sent.Load() + 20 // the power is off
@@ -596,9 +587,9 @@ exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
 	}
 	stop()
 	if err != nil {
-		m.Fatalf("boot: %v\n%s", err, console.Bytes())
+		m.Fatalf("boot: %v\n%s", err, console)
 	}
-	r := &bootReport{probes: probes, asks: asks, console: console.String()}
+	r := &bootReport{probes: probes, asks: asks, console: console}
 	unit, err := os.ReadFile(m.path("report/unit"))
 	m.check(err)
 	r.unit = strings.TrimSpace(string(unit))
@@ -608,6 +599,23 @@ exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
 		r.says = strings.Split(text, "\n")
 	}
 	return r
+}
+
+// power runs the host until its power is off, and gives what stands on its console.
+func (m *machine) power(ctx context.Context, more ...string) (console string, err error) {
+	args := append([]string{"--boot", "-D", m.path("root"), "--register=no", "--keep-unit", "--machine=deadlight-test", "--console=pipe", "--settings=no",
+		"--network-namespace-path=" + m.path("netns"), "--capability=CAP_NET_ADMIN,CAP_NET_RAW", "--bind=" + m.path("report") + ":/report"}, more...)
+	cmd := exec.CommandContext(ctx, "unshare", append([]string{"--mount", "--propagation", "private", "sh", "-ec", `
+umount -R /sys/fs/cgroup 2>/dev/null || true
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+echo $$ >/sys/fs/cgroup/"$0"/cgroup.procs
+exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_TMPFS_TMP=0") // /tmp is on the disk, which may be full
+	cmd.WaitDelay = 5 * time.Second
+	err = cmd.Run()
+	return out.String(), err
 }
 
 // answerAsks lets the host go on once every port was probed often enough since

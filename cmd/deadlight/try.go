@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -109,7 +110,7 @@ func try(ctx context.Context, e env, file string, command []string, thorough int
 	if err != nil {
 		return err
 	}
-	line := newProgress(e.stderr)
+	line := newProgress(e)
 	report, err := verify.Rehearse(ctx, verify.RehearseConfig{
 		Name: file, Rules: rs, Command: command, Stdout: e.stderr, Stderr: e.stderr,
 		Load: func() error {
@@ -135,10 +136,16 @@ func try(ctx context.Context, e env, file string, command []string, thorough int
 		return kernelError(err, "deadlight try "+file)
 	}
 	if f.format == "text" {
-		printf(e.stdout, "%s: %s, loaded into a throw-away host and read back identical\n", printable(file), plural(len(rs.Policy.Open), "opening"))
-		l := report.Listeners
-		printf(e.stdout, "Listeners there: TCP behind %d listed and %d unlisted ports, UDP behind %d and %d\n",
-			l.ListedTCP, l.UnlistedTCP, l.ListedUDP, l.UnlistedUDP)
+		err = forPeople(e, func(w io.Writer) error {
+			printf(w, "%s: %s, loaded into a throw-away host and read back identical\n", printable(file), plural(len(rs.Policy.Open), "opening"))
+			l := report.Listeners
+			printf(w, "Listeners there: TCP behind %d listed and %d unlisted ports, UDP behind %d and %d\n",
+				l.ListedTCP, l.UnlistedTCP, l.ListedUDP, l.UnlistedUDP)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
 	}
 	return f.print(e, report)
 }

@@ -63,6 +63,9 @@ func askVantage(ctx context.Context, e env, v verify.SSHVantage, file string, fr
 	if err != nil {
 		return 0, err
 	}
+	if isTerminal(e.stderr) {
+		printf(e.stderr, "sending this program to %s, which looks from there\n", oneLine(v.String())) // ssh may ask for a password below
+	}
 	code, err = v.Run(ctx, "/proc/self/exe", []string{fromVantage}, b, stdout, e.stderr)
 	if errors.Is(err, verify.ErrVantage) {
 		return 0, refused(err, "try it by hand: ssh "+v.Host+" uname -sm")

@@ -61,7 +61,7 @@ func TestVerifyOverSSH(t *testing.T) {
 	})
 	vantage := fmt.Sprintf("ssh://root@%s:%d", l.host4, sshPort)
 	verifyArgs := func(more ...string) []string {
-		return append([]string{"verify", policy, "--vantage", vantage, "--ssh-config", config, "--target", peer4, "--target", peer6}, more...)
+		return append([]string{"verify", policy, "--vantage", vantage, "--ssh-config", config, "--target", peer4 + "," + peer6}, more...)
 	}
 	left := func() []string {
 		t.Helper()

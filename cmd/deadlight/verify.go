@@ -4,9 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
-	"net/netip"
-	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -17,19 +16,22 @@ import (
 
 type verifyFlags struct {
 	lookFlags
-	vantage   string
-	sshConfig string
-	proof     string
-	textfile  string
-	state     string // directory
-	selfTest  bool
-	report    reportFlags
-	changed   func(flag string) bool // it was given
+	hosts       []string // --target
+	targetsFile string
+	resume      string
+	vantage     string
+	sshConfig   string
+	proof       string
+	textfile    string
+	state       string // directory
+	selfTest    bool
+	report      reportFlags
+	changed     func(flag string) bool // it was given
 }
 
 // lookFlags say what is looked at, from wherever.
 type lookFlags struct {
-	Targets  []string `json:"targets"`
+	Targets  []string `json:"targets"` // addresses of one host
 	Ports    string   `json:"ports"`
 	Canaries []uint   `json:"canaries"`
 	In       string   `json:"in"`
@@ -66,6 +68,23 @@ path is proven alive by ports that must answer: a listed TCP port, echo, or
 --canary. Over UDP silence cannot tell a filter from a service that does not
 answer; the report says so. Probe only hosts that are yours.
 
+Several hosts: each --target is a host, and one host's addresses are joined by a
+comma, --target 192.0.2.10,2001:db8::10. With --targets FILE each line is a host:
+
+  # ADDR[,ADDR...]          [POLICY]   [NAME]
+  192.0.2.10,2001:db8::10   web.toml   web-1
+  192.0.2.20                -          db-1
+
+The path of a policy is relative to FILE; - or none stands for the POLICY of the
+command line. Hosts are probed in groups, so that memory is bounded. The report
+has hosts that fail first, then those of which nothing can be said and why; those
+that pass are a number. --json prints an object with all of them, --format junit a
+suite a host, prometheus a label, html a table with each host folded behind it.
+With --resume FILE each host that is done is written there: after Ctrl-C, a crash
+or a reboot the same command goes on where it was. It refuses if the hosts, a
+policy or a flag that matters are others than before. When the report is printed,
+FILE is removed: the next run looks at every host again.
+
 Behind the sweep of a --target follow adversarial probes (other flags, source
 ports, fragments, options, protocols); --thorough says how many. Those other than
 of TCP and UDP need --ports all.
@@ -80,11 +99,13 @@ writes it for the textfile collector of node_exporter.
 With --self-test it shows instead, on throw-away hosts and without root, that it
 finds out rulesets that are broken, and a path that is dead.
 
-Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
+Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell. Of
+several hosts: 1 any is not, else 3 of any it could not be told, else 0.`,
 		Example: `  sudo deadlight verify
   sudo deadlight verify policy.toml --in wan0 --ports tcp
   sudo deadlight verify --textfile /var/lib/prometheus/node-exporter/deadlight_verify.prom
-  sudo deadlight verify policy.toml --target 192.0.2.10 --target 2001:db8::10
+  sudo deadlight verify policy.toml --target 192.0.2.10,2001:db8::10
+  sudo deadlight verify --targets hosts.txt --resume hosts.journal
   deadlight verify policy.toml --target 192.0.2.10 --vantage ssh://root@198.51.100.7
   deadlight verify --self-test`,
 		Args: atMostPolicy,
@@ -99,16 +120,27 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 				return err
 			}
 			f.changed = c.Flags().Changed
-			if len(f.Targets) > 0 {
+			if err := f.severally(); err != nil {
+				return err
+			}
+			if f.elsewhere() {
 				if err := f.ofTheOther(true); err != nil {
 					return err
 				}
-				return verifyTargets(c.Context(), e, policyArg(args), f)
+			}
+			switch {
+			case f.several():
+				return verifyMany(c.Context(), e, policyArg(args), f)
+			case f.elsewhere():
+				f.Targets = strings.Split(f.hosts[0], ",")
+				return verifyTarget(c.Context(), e, policyArg(args), f)
 			}
 			return verifyHere(c.Context(), e, policyArg(args), f)
 		},
 	}
-	c.Flags().StringArrayVar(&f.Targets, "target", nil, "address of another host, repeatable (one per family)")
+	c.Flags().StringArrayVar(&f.hosts, "target", nil, "another host, by its `ADDR[,ADDR...]`; repeatable for several hosts with the same policy")
+	c.Flags().StringVar(&f.targetsFile, "targets", "", "a `FILE` of hosts: ADDR[,ADDR...] [POLICY] [NAME], a line a host")
+	c.Flags().StringVar(&f.resume, "resume", "", "keep what is done of several hosts in this `FILE`, and go on from it")
 	c.Flags().StringVar(&f.vantage, "vantage", "", "from where to look: netns, at this host, or ssh://USER@HOST:PORT, at this host or a --target (without --target default [verify] vantage of the policy)")
 	c.Flags().StringVar(&f.sshConfig, "ssh-config", "", "a configuration `FILE` for ssh, as of ssh -F")
 	c.Flags().StringVar(&f.proof, "proof", "host", "what proves this host: host (a tripwire on it) or packets (answers alone)")
@@ -125,6 +157,26 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 	return c
 }
 
+// elsewhere says that other hosts are probed, and several that it may be more than one.
+func (f *verifyFlags) elsewhere() bool { return f.several() || len(f.hosts) > 0 }
+
+func (f *verifyFlags) several() bool { return f.targetsFile != "" || len(f.hosts) > 1 }
+
+// severally refuses flags about several hosts that do not go together.
+func (f *verifyFlags) severally() error {
+	switch {
+	case f.changed("targets") && f.targetsFile == "":
+		return usageError("", "--targets wants a file")
+	case f.targetsFile != "" && len(f.hosts) > 0:
+		return usageError("write the host into "+f.targetsFile, "--target and --targets do not go together")
+	case f.changed("resume") && f.resume == "":
+		return usageError("", "--resume wants a file")
+	case f.resume != "" && !f.several():
+		return usageError("deadlight verify --targets FILE --resume "+f.resume, "--resume is of several hosts")
+	}
+	return nil
+}
+
 // ofTheOther refuses flags that mean nothing to how the host is probed: from itself,
 // or from afar, which is another machine, or this one at a --target.
 func (f *verifyFlags) ofTheOther(afar bool) error {
@@ -136,32 +188,45 @@ func (f *verifyFlags) ofTheOther(afar bool) error {
 		}
 		return nil
 	}
+	flag := "--target"
+	if f.targetsFile != "" {
+		flag = "--targets"
+	}
 	if f.vantage == "netns" {
-		return usageError("", "--vantage netns is of this host, and --target names another")
+		return usageError("", "--vantage netns is of this host, and %s names another", flag)
 	}
 	switch {
-	case len(f.Targets) == 0 && f.changed("proof"):
+	case !f.elsewhere() && f.changed("proof"):
 		return usageError("--vantage netns", "--proof is of this host as it looks at itself, and the vantage is another machine")
-	case len(f.Targets) == 0:
+	case !f.elsewhere():
 		return nil
 	}
 	for _, name := range []string{"textfile", "proof"} {
 		if f.changed(name) {
-			return usageError("", "--%s is of this host, and --target names another", name)
+			return usageError("", "--%s is of this host, and %s names another", name, flag)
 		}
 	}
 	return nil
 }
 
-func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error {
-	var far *verify.SSHVantage
-	if f.vantage != "" {
-		v, err := verify.ParseSSHVantage(f.vantage)
-		if err != nil {
-			return usageError("--vantage ssh://USER@HOST", "--vantage: %w", err)
-		}
-		v.Config = f.sshConfig
-		far = &v
+// far is the machine that looks in place of this one; nil if none does.
+func (f *verifyFlags) far() (*verify.SSHVantage, error) {
+	if f.vantage == "" {
+		return nil, nil
+	}
+	v, err := verify.ParseSSHVantage(f.vantage)
+	if err != nil {
+		return nil, usageError("--vantage ssh://USER@HOST", "--vantage: %w", err)
+	}
+	v.Config = f.sshConfig
+	return &v, nil
+}
+
+// verifyTarget is verify of one other host.
+func verifyTarget(ctx context.Context, e env, file string, f verifyFlags) error {
+	far, err := f.far()
+	if err != nil {
+		return err
 	}
 	if _, err := f.config(nil); err != nil {
 		return err
@@ -177,7 +242,7 @@ func verifyTargets(ctx context.Context, e env, file string, f verifyFlags) error
 	if err != nil {
 		return err
 	}
-	line := newProgress(e.stderr)
+	line := newProgress(e)
 	look.Progress = func(sent, total uint64) { line.update("probing "+strings.Join(f.Targets, ", "), sent, total) }
 	report, err := lookAt(ctx, look)
 	line.done()
@@ -199,14 +264,8 @@ func (f *verifyFlags) config(rs *rules.Ruleset) (look verify.LookConfig, err err
 	if len(f.Targets) == 0 {
 		return look, usageError("deadlight verify --target 192.0.2.10, from another machine", "name the host to probe with --target")
 	}
-	for _, t := range f.Targets {
-		a, err := netip.ParseAddr(t)
-		if err != nil || a.Zone() != "" || a.Is4In6() {
-			return look, usageError("names are not resolved: the answer would decide what is probed", "--target wants an address: %s", strconv.Quote(t))
-		}
-		look.Targets = append(look.Targets, a)
-	}
-	return look, nil
+	look.Targets, err = aTarget(strings.Join(f.Targets, ","))
+	return look, err
 }
 
 // what gives the ports that are probed and those that prove the path.
@@ -229,20 +288,32 @@ func (f *lookFlags) what() (ports verify.Ports, canaries []verify.Canary, err er
 // lookAt looks from this machine.
 func lookAt(ctx context.Context, look verify.LookConfig) (*verify.Report, error) {
 	report, err := verify.Look(ctx, look)
-	switch {
-	case errors.Is(err, verify.ErrLocalTarget):
-		return nil, refused(err, "deadlight verify without --target looks at this host: over loopback the policy is not asked")
-	case errors.Is(err, fs.ErrPermission):
-		return nil, refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …, or --connect, which can tell less")
-	case err != nil:
-		return nil, refused(err, "")
+	if err != nil {
+		return nil, lookError(err)
 	}
 	return report, nil
 }
 
+// lookError says for people why nothing could be seen.
+func lookError(err error) error {
+	switch {
+	case errors.Is(err, verify.ErrLocalTarget):
+		return refused(err, "deadlight verify without --target looks at this host: over loopback the policy is not asked")
+	case errors.Is(err, fs.ErrPermission):
+		return refused(fmt.Errorf("no permission to send raw packets (CAP_NET_RAW): %w", err), "sudo deadlight verify …, or --connect, which can tell less")
+	}
+	return refused(err, "")
+}
+
 func (f *verifyFlags) print(e env, file string, report *verify.Report) error {
 	if f.report.format == "text" {
-		printf(e.stdout, "%s against %s, seen from %s:\n", report.Target, printable(file), printable(report.Vantage))
+		err := forPeople(e, func(w io.Writer) error {
+			printf(w, "%s against %s, seen from %s:\n", report.Target, printable(file), printable(report.Vantage))
+			return nil
+		})
+		if err != nil {
+			return err
+		}
 	}
 	return f.report.print(e, report)
 }

@@ -74,7 +74,7 @@ func verifyApplied(ctx context.Context, e env, file, dir string, rs *rules.Rules
 	if err != nil {
 		return err
 	}
-	return verdictCode(report)
+	return codeOf(report.Verdict)
 }
 
 // appliedReport probes the host, prints what was seen and keeps the verdict.
@@ -98,7 +98,7 @@ func appliedReport(ctx context.Context, e env, file, dir string, rs *rules.Rules
 		return nil, err
 	}
 	noteVerdict(e, dir, newVerified(report, file, "all", from))
-	return report, report.WriteText(e.stdout)
+	return report, forPeople(e, report.WriteText)
 }
 
 // stateDirOf gives the directory of the state, for another process.

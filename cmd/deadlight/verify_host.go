@@ -58,7 +58,7 @@ func verifyHere(ctx context.Context, e env, file string, f verifyFlags) error {
 			if _, err := e.stdout.Write(output); err != nil {
 				return err
 			}
-			return verdictCode(report)
+			return codeOf(report.Verdict)
 		}
 	} else {
 		report, err = verifyHost(ctx, e, rs, hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets"})
@@ -82,7 +82,7 @@ func isAfar(vantage string) bool { return strings.HasPrefix(vantage, "ssh://") }
 // verifyHost probes the network namespace of the calling thread from outside. Its
 // errors are said for people.
 func verifyHost(ctx context.Context, e env, rs *rules.Ruleset, c hostCheck) (*verify.Report, error) {
-	line := newProgress(e.stderr)
+	line := newProgress(e)
 	report, err := verify.LookAtHost(ctx, verify.HostConfig{
 		Rules: rs, Ports: c.ports, Canaries: c.canaries, In: c.in, MaxRate: c.maxRate, PacketsOnly: c.packetsOnly,
 		Progress: func(sent, total uint64) { line.update("probing this host", sent, total) },

@@ -43,7 +43,7 @@ func convert(set *ruleset) (*plan, error) {
 	c.dead(input)
 	c.logging()
 	for r, why := range c.notes {
-		p.notes = append(p.notes, Note{r.place(), r.line, r.text, why})
+		p.notes = append(p.notes, Note{File: r.place(), Line: r.line, Text: r.text, Reason: why})
 	}
 	p.tables = append(append(tidied(blocks), opens...), tidied(egress)...)
 	sortTables(p.tables)
@@ -178,8 +178,8 @@ func (c *converter) incoming(v4 bool, input []*base) (opens, blocks []*table, ec
 		}
 		for _, b := range input {
 			if b.hook == "input" && b.policy == accept {
-				c.plan.notes = append(c.plan.notes, Note{b.file, b.line, "",
-					fmt.Sprintf("chain %s admits by its policy what no rule denies: Deadlight closes it", b.name)})
+				c.plan.notes = append(c.plan.notes, Note{File: b.file, Line: b.line,
+					Reason: fmt.Sprintf("chain %s admits by its policy what no rule denies: Deadlight closes it", b.name)})
 			}
 		}
 	}
@@ -446,17 +446,24 @@ func (c *converter) forwarded() {
 		if len(written) == 0 || slices.Contains(ours, k) {
 			continue
 		}
-		first, last := written[0], written[len(written)-1]
-		where := ""
-		if last.line > first.line {
-			where = fmt.Sprintf(", to line %d", last.line)
+		says := slices.IndexFunc(written, func(r *rule) bool {
+			switch r.verdict {
+			case goOn:
+				return !r.log
+			case accept:
+				return r.states == 0 || r.states&stNew != 0
+			}
+			return r.verdict != back
+		})
+		if says < 0 {
+			continue // it logs, or admits replies, as Deadlight does
 		}
+		first := written[says]
 		text := first.text
-		if len(written) > 1 {
-			text += " …"
+		if n := len(written); n > 1 {
+			text += fmt.Sprintf(" … (%s, in chain %s)", count(n, "rule"), k.name)
 		}
-		c.plan.notes = append(c.plan.notes, Note{first.file, first.line, text,
-			fmt.Sprintf("chain %s is about what is routed or rewritten, which is not imported (%s%s)", k.name, count(len(written), "rule"), where)})
+		c.plan.notes = append(c.plan.notes, Note{File: first.file, Line: first.line, Text: text, Reason: "it is about what is routed or rewritten, which is not imported"})
 	}
 }
 

@@ -82,14 +82,15 @@ func express(b box, asked addrs, v4 bool) (t *table, lost []string) {
 			return nil, []string{fmt.Sprintf("Linux has no interface %q", d)}
 		}
 	}
+	// By whom it is meant, what the rule says, or by whom not: whichever is shortest.
 	t.from[f] = b.src
-	if asked = asked.and(all.src); len(asked) > 0 {
-		if not := asked.minus(b.src); len(not) > 0 && len(not) <= len(b.src) && b.src.within(asked) {
+	if not := all.src.minus(b.src); len(not) < len(b.src) {
+		t.from[f], t.except[f] = all.src, not
+	}
+	if asked = asked.and(all.src); len(asked) > 0 && b.src.within(asked) {
+		if not := asked.minus(b.src); len(not) > 0 && len(asked)+len(not) <= len(t.from[f])+len(t.except[f]) {
 			t.from[f], t.except[f] = asked, not
 		}
-	}
-	if not := all.src.minus(t.from[f]); t.except[f] == nil && len(not) < len(t.from[f]) {
-		t.from[f], t.except[f] = all.src, not
 	}
 	if t.from[f].equal(all.src) {
 		t.from[f] = nil
@@ -127,10 +128,12 @@ func express(b box, asked addrs, v4 bool) (t *table, lost []string) {
 				t.on = append(t.on, protoPorts{p, ports})
 			}
 		case !v4 && extension(p):
+		case v4 && p == protoICMPv6 && !slices.Contains(list, protoICMP), !v4 && p == protoICMP && !slices.Contains(list, protoICMPv6):
+			// Nobody sends that, and it would look like a mistake.
 		case b.dport.equal(all.dport):
 			t.on = append(t.on, protoPorts{p, nil})
 		case p == protoICMP || p == protoICMPv6:
-			lost = append(lost, "Deadlight opens ICMP as a whole, or echo for everyone by [icmp]")
+			lost = append(lost, noICMPTypes)
 		default:
 			lost = append(lost, fmt.Sprintf("Deadlight knows no ports of %s", rules.Protocol(p)))
 		}
@@ -254,7 +257,7 @@ func (t *table) absorb(o *table) bool {
 				t.v[f], t.from[f], t.to[f], t.except[f] = true, o.from[f], o.to[f], o.except[f]
 			}
 		}
-	case sameFrom && sameTo && !t.any && !o.any && (own || t.comment != "" || t.joins(o)) && (t.limit == nil || own || t.limit.key != ""):
+	case sameFrom && sameTo && !t.any && !o.any && (own || t.comment != "" || t.service() != "" && t.service() == o.service() || t.joins(o)) && (t.limit == nil || own || t.limit.key != ""):
 		both := *t
 		both.on = slices.Clone(t.on)
 		for _, p := range o.on {
@@ -337,6 +340,18 @@ func (t *table) joins(o *table) bool {
 		return len(t.on) == 1 && t.on[0].proto == protoTCP && t.on[0].ports.within(nums{{80, 80}, {443, 443}})
 	}
 	return web(t) && web(o) || len(o.on) == 1 && t.on[0].ports.equal(o.on[0].ports)
+}
+
+// service is that of firewalld which all its rules are made for, if there is one.
+func (t *table) service() string {
+	name := ""
+	for i, r := range t.by {
+		if i > 0 && r.service != name {
+			return ""
+		}
+		name = r.service
+	}
+	return name
 }
 
 func (t *table) addPorts(p protoPorts) {

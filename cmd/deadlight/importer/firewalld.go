@@ -95,14 +95,15 @@ type firewalld struct {
 	set  *ruleset
 	read func(name string) (file string, data []byte, err error)
 	list func(dir string) ([]string, error) // of names in the directory itself
+	conf map[string]string                  // firewalld.conf
 }
 
 // load makes chains of the zones.
 func (p *firewalld) load(dir string) (*ruleset, error) {
 	p.set = newRuleset("firewalld")
 	p.set.families = [2]bool{true, true}
-	conf, err := p.config()
-	if err != nil {
+	var err error
+	if p.conf, err = p.config(); err != nil {
 		return nil, err
 	}
 	in := p.set.chain("the dispatch of firewalld")
@@ -112,7 +113,7 @@ func (p *firewalld) load(dir string) (*ruleset, error) {
 	}
 	in.add(&rule{on: match(true, true), states: stEstablished | stRelated, verdict: accept})
 	in.add(&rule{on: match(true, true), states: stOther, verdict: drop})
-	if conf["IPv6_rpfilter"] != "no" {
+	if p.conf["IPv6_rpfilter"] != "no" {
 		p.set.note("", 0, "", "wider than the original: firewalld drops IPv6 packets whose source is not reached by where they came in (IPv6_rpfilter), which Deadlight does not look at")
 	}
 	if err := p.before(in); err != nil {
@@ -122,7 +123,7 @@ func (p *firewalld) load(dir string) (*ruleset, error) {
 	if err != nil {
 		return nil, err
 	}
-	def := conf["DefaultZone"]
+	def := p.conf["DefaultZone"]
 	if def == "" {
 		def = "public"
 	}
@@ -407,7 +408,11 @@ func (p *firewalld) fill(z *element) error {
 	case "", "default":
 		icmp := p.rule(z)
 		icmp.text, icmp.verdict = "ICMP in zone "+z.attrs["zone"], accept
-		icmp.on[0][0].proto, icmp.on[1][0].proto = one(protoICMP, protoICMP), one(protoICMPv6, protoICMPv6)
+		if p.conf["FirewallBackend"] == "iptables" {
+			icmp.on[0][0].proto, icmp.on[1][0].proto = one(protoICMP, protoICMP), one(protoICMPv6, protoICMPv6)
+		} else { // one rule of the family inet
+			icmp.protocol(nums{{protoICMP, protoICMP}, {protoICMPv6, protoICMPv6}})
+		}
 		if !inverted {
 			c.add(icmp)
 		}
@@ -533,8 +538,8 @@ func (p *firewalld) service(name string, r *rule, at *element, seen []string) ([
 		}
 	}
 	for _, c := range out {
-		if c.comment == "" && len(out) > 1 {
-			c.comment = "service " + name
+		if c.service == "" {
+			c.service = name
 		}
 	}
 	return out, nil

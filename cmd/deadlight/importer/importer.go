@@ -64,24 +64,32 @@ func Import(names []string, o Options) (*Policy, error) {
 	return out, nil
 }
 
-// gather makes one note of many that say the same of lines of one file.
+// gather makes one note of many that say the same of several lines, such as those
+// for IPv4 and for IPv6.
 func gather(notes []Note) []Note {
 	var out []Note
-	more := map[int][]string{}
+	file := map[int]string{} // that the last place of a note is in
 	for _, n := range notes {
 		i := slices.IndexFunc(out, func(o Note) bool {
-			return o.File == n.File && o.Reason == n.Reason && n.Line > 0 && o.Line > 0 && o.Line != n.Line
+			return o.Reason == n.Reason && n.Line > 0 && o.Line > 0 && (o.File != n.File || o.Line != n.Line)
 		})
 		if i < 0 {
+			file[len(out)] = n.File
 			out = append(out, n)
-		} else {
-			more[i] = append(more[i], fmt.Sprint(n.Line))
+			continue
 		}
-	}
-	for i, lines := range more {
-		if len(lines) > 0 {
-			out[i].Text += " (also line " + strings.Join(lines, ", ") + ")"
+		o, where := &out[i], fmt.Sprintf("%s:%d", n.File, n.Line)
+		switch {
+		case o.Also == "" && n.File == o.File:
+			where = fmt.Sprintf("line %d", n.Line)
+		case n.File == file[i]:
+			where = fmt.Sprint(n.Line)
 		}
+		if o.Also != "" {
+			o.Also += ", "
+		}
+		o.Also += where
+		file[i] = n.File
 	}
 	return out
 }

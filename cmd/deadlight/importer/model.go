@@ -38,6 +38,7 @@ type rule struct {
 	text    string // as it stands there
 	where   string // what tells it better than its line, "" if nothing does
 	comment string
+	service string   // that it is made for, of firewalld
 	on      [2][]box // what it matches, by family: IPv4, IPv6; several are ORed
 	opaque  []string // conditions that we cannot tell
 	states  uint8    // of conntrack; 0 means all
@@ -129,6 +130,7 @@ type Note struct {
 	Line   int
 	Text   string // of the rule, "" where it is about the whole
 	Reason string
+	Also   string // where the same holds
 }
 
 // String writes file:line: reason: text.
@@ -136,6 +138,9 @@ func (n Note) String() string {
 	s := n.Reason
 	if n.Text != "" {
 		s += ": " + n.Text
+	}
+	if n.Also != "" {
+		s += " (also " + n.Also + ")"
 	}
 	switch {
 	case n.File == "":

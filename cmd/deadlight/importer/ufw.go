@@ -3,7 +3,9 @@ package importer
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"strings"
 )
@@ -62,7 +64,7 @@ func readUFW(read func(name string) ([]byte, error), dir, defaultsName string, d
 			policies[strings.TrimSuffix(strings.TrimPrefix(key, "DEFAULT_"), "_POLICY")] = value
 		}
 	}
-	if b, err := read("ufw.conf"); err == nil && !bytes.Contains(bytes.ToLower(b), []byte("enabled=yes")) {
+	if b, err := read("ufw.conf"); err == nil && !ufwEnabled(b) {
 		set.note(joined(dir, "ufw.conf"), 1, "", "ufw is disabled: the policy says what it would do when enabled")
 	}
 	for _, name := range []string{"before.init", "after.init"} {
@@ -83,6 +85,9 @@ func readUFW(read func(name string) ([]byte, error), dir, defaultsName string, d
 		for _, pattern := range ufwFiles() {
 			name := fmt.Sprintf(pattern, six)
 			b, err := read(name)
+			if errors.Is(err, fs.ErrPermission) { // without these rules everything would look shut
+				return nil, readError(joined(dir, name), err)
+			}
 			if err != nil {
 				set.note("", 0, "", "%s cannot be read: what it holds is not imported", joined(dir, name))
 				continue

@@ -194,6 +194,9 @@ func (w *walk) chain(c *chain, reach []piece, all *box, path string) (out []gran
 			if err != nil {
 				return nil, nil, err
 			}
+			if whole != nil && !whole.empty() && len(g) == 0 && len(f) == 0 && w.denials != nil { // all that is there denies
+				w.denials = append(w.denials, denial{*whole, r, here})
+			}
 			if !universal(r, w.v4) {
 				for i := range g { // who asked for it is the rule that chose, not an ACCEPT for all
 					if g[i].by != nil && !g[i].by.policy && universal(g[i].by, w.v4) {
@@ -286,7 +289,27 @@ func allFree(list []piece) bool {
 
 // unsure says why a rule cannot be followed.
 func unsure(r *rule) string {
+	if aboutICMP(r) {
+		return noICMPTypes
+	}
 	return "depends on what Deadlight has not (" + strings.Join(r.reasons(), ", ") + ")"
+}
+
+// noICMPTypes says why a type of ICMP is left out.
+const noICMPTypes = "Deadlight opens ICMP as a whole, or echo for everyone by [icmp]"
+
+// aboutICMP reports whether a rule names types of ICMP and nothing else has a part in it.
+func aboutICMP(r *rule) bool {
+	some := false
+	for f, on := range r.on {
+		for _, b := range on {
+			if !b.proto.within(nums{{protoICMP, protoICMP}, {protoICMPv6, protoICMPv6}}) || b.dport.equal(everything(f == 0).dport) {
+				return false
+			}
+			some = true
+		}
+	}
+	return some
 }
 
 func (r *rule) reasons() []string {

@@ -377,6 +377,9 @@ func (t *table) title() string {
 	if t.comment != "" && len(t.comment) <= 24 {
 		return slug(t.comment, "open")
 	}
+	if name := t.service(); name != "" {
+		return slug(name, "open")
+	}
 	if p.ports.within(nums{{80, 80}, {443, 443}}) && len(p.ports) > 1 {
 		return "web"
 	}

@@ -1,8 +1,9 @@
-// Command listen stands for the services of a host: it accepts on tcp/PORT and
-// answers on udp/PORT until it is killed.
+// Command listen stands for the services of a host: it accepts on tcp/PORT, sends
+// back what comes on echo/PORT, and answers on udp/PORT until it is killed.
 package main
 
 import (
+	"io"
 	"log"
 	"net"
 	"os"
@@ -40,6 +41,13 @@ func main() {
 				c, err := l.Accept()
 				if err != nil {
 					log.Fatal(err)
+				}
+				if network == "echo" {
+					go func() {
+						_, _ = io.Copy(c, c) // until the other side, or the host, ends it
+						c.Close()
+					}()
+					continue
 				}
 				c.Close()
 			}
