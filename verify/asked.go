@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"deadlight/rules"
 )
@@ -55,7 +56,15 @@ type unasked struct {
 }
 
 // placeOf is file and line of an [[expect]].
-func placeOf(x *rules.Expect) string { return fmt.Sprintf("%s:%d", x.Pos.File, x.Pos.Line) }
+func placeOf(x *rules.Expect) string {
+	file := strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) { // the name of an include may steer a terminal
+			return unicode.ReplacementChar
+		}
+		return r
+	}, x.Pos.File)
+	return fmt.Sprintf("%s:%d", file, x.Pos.Line)
+}
 
 // what is the test in words.
 func (x *Expected) what() string {

@@ -1,9 +1,13 @@
 package verify
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
 	"regexp"
 	"slices"
 	"strings"
@@ -377,5 +381,42 @@ state = "filtered"
 	r = lookAt(t, furnished(t, hole, "2"), HostConfig{Rules: rs, Ports: all})
 	if d := cmp.Diff(want("203.0.113.10", "2001:db8:77::10", "failed", "open", "icmp reply"), expectLines(r)); d != "" || r.Verdict != Fail || len(r.Findings) != 1 {
 		t.Errorf("%s\nverdict %s:\n%s", d, r.Verdict, text(t, r))
+	}
+}
+
+// tcpdump, an independent witness, sees nothing of it on a wire: neither packets that
+// bear a neighbour's address nor what answers them.
+func TestExpectIsNotOnTheWire(t *testing.T) {
+	var more strings.Builder
+	for _, x := range [][3]string{
+		{"10.8.0.7", "9005/tcp", "wg0"}, {"10.8.0.7", "icmp", "wg0"}, {"2001:db8:8::7", "9005/tcp", "wg0"}, {"2001:db8:8::7", "icmpv6", "wg0"},
+		{"10.9.9.9", "22/tcp", "eth0"}, {"198.51.100.9", "icmp", "eth0"}, {"2001:db8:99::9", "icmpv6", "eth0"}, {"198.51.100.9", "53/udp", "eth0"},
+	} {
+		fmt.Fprintf(&more, "[[expect]]\nfrom = %q\nport = %q\nin = %q\nstate = \"open\"\n", x[0], x[1], x[2])
+	}
+	rs := compileText(t, bound+more.String())
+	w := furnished(t, compiled(t, rs), "1")
+	before := asItIs(t, w)
+	var seen, said bytes.Buffer
+	ctx, cancel := context.WithCancel(t.Context())
+	dump := exec.CommandContext(ctx, "tcpdump", "-n", "-l", "-i", "any", "--immediate-mode", "tcp or udp or icmp or icmp6")
+	dump.Stdout, dump.Stderr = &seen, &said
+	dump.Cancel = func() error { return dump.Process.Signal(os.Interrupt) }
+	if err := dump.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second)
+	r := lookAt(t, w, HostConfig{Rules: rs, Ports: Ports{allPorts(), allPorts()}})
+	time.Sleep(1500 * time.Millisecond) // a SYN-ACK that was not reset would come again
+	cancel()
+	_ = dump.Wait() // it was interrupted
+	if !strings.Contains(said.String(), "listening on") || strings.TrimSpace(seen.String()) != "" {
+		t.Errorf("tcpdump: %s\n%s", said.String(), seen.String())
+	}
+	if r.Verdict != Pass || !strings.Contains(text(t, r), ", 8 of 8 expectations met, ") {
+		t.Errorf("verdict %s:\n%s", r.Verdict, text(t, r))
+	}
+	if after := asItIs(t, w); after != before {
+		t.Errorf("the host was\n%s\nand is\n%s", before, after)
 	}
 }

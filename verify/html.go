@@ -429,7 +429,7 @@ func htmlViews(p *page, views []Restriction, says, class string) {
 		if i == mostRows {
 			break
 		}
-		p.row([]string{"", "", "", "", "", "", "", class}, v.Rule, v.From, v.To, v.Interface, v.Place, foldPorts(v.Open), foldPorts(v.Silent), says)
+		p.row([]string{"", "ports", "ports", "", "", "ports", "ports", class}, v.Rule, v.From, v.To, v.Interface, v.Place, foldPorts(v.Open), foldPorts(v.Silent), says)
 	}
 	p.add("</table>\n")
 	if n := len(views) - mostRows; n > 0 {

@@ -15,7 +15,8 @@ import (
 // The metrics are what their own parser reads.
 func TestVerificationMetrics(t *testing.T) {
 	var b bytes.Buffer
-	r := &verify.Report{Verdict: verify.Inconclusive, Target: "a \"host\"\n", Bound: 1e-7, Seconds: 2, Probes: 3, Counts: verify.Counts{Closed: 4}, Findings: make([]verify.Finding, 5)}
+	r := &verify.Report{Verdict: verify.Inconclusive, Target: "a \"host\"\n", Bound: 1e-7, Seconds: 2, Probes: 3, Counts: verify.Counts{Closed: 4}, Findings: make([]verify.Finding, 5),
+		Expects: []verify.Expected{{Result: "met"}, {Result: "unprobed"}, {Result: "met"}}}
 	if err := writeFamilies(&b, verification(r, time.UnixMilli(1500))); err != nil {
 		t.Fatal(err)
 	}
@@ -46,6 +47,7 @@ func TestVerificationMetrics(t *testing.T) {
 		"deadlight_verify_verdict inconclusive": 1, "deadlight_verify_verdict pass": 0, "deadlight_verify_verdict fail": 0,
 		"deadlight_verify_findings": 5, "deadlight_verify_missed_answer_probability": 1e-7, "deadlight_verify_duration_seconds": 2,
 		"deadlight_verify_probes": 3, "deadlight_verify_timestamp_seconds": 1.5, "deadlight_verify_ports closed": 4, "deadlight_verify_ports open": 0,
+		"deadlight_verify_expectations met": 2, "deadlight_verify_expectations failed": 0, "deadlight_verify_expectations unprobed": 1,
 	} {
 		if v, ok := got[key]; !ok || v != want {
 			t.Errorf("%s is %v (%v), want %v", key, v, ok, want)

@@ -3,7 +3,9 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -270,6 +272,29 @@ func TestVerifyHereOverSSH(t *testing.T) {
 	}
 	if code, _, errs := runCode(verifyArgs("--proof", "host")...); code != exitUsage || !strings.Contains(errs, "--proof is of this host as it looks at itself") {
 		t.Errorf("--proof: exit %d\n%s", code, errs)
+	}
+}
+
+// The host that asks is looked at by an address of its own, or not at all.
+func TestTargetOf(t *testing.T) {
+	r := &vantageRequest{Vantage: "ssh://probe@bastion", Self: []netip.Addr{netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr("2001:db8::7")}}
+	for caller, want := range map[string]string{
+		"203.0.113.7":        "203.0.113.7",
+		"::ffff:203.0.113.7": "203.0.113.7",
+		"2001:db8::7":        "2001:db8::7",
+		"203.0.113.8":        "ssh://probe@bastion sees this host as 203.0.113.8, which is no address of it",
+		"fe80::1%eth0":       "which is no address of it",
+		"":                   "ssh://probe@bastion does not tell by which address it sees this host",
+		"UNKNOWN":            "does not tell",
+	} {
+		a, err := targetOf(caller, r)
+		var x *exitError
+		switch {
+		case err == nil && a.String() != want:
+			t.Errorf("%q: %s, want %s", caller, a, want)
+		case err != nil && (!errors.As(err, &x) || x.code != exitRefused || !strings.Contains(err.Error(), want) || !strings.Contains(x.hint, "--target ADDR")):
+			t.Errorf("%q: %v, want %s", caller, err, want)
+		}
 	}
 }
 
