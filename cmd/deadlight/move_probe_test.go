@@ -57,7 +57,7 @@ type moveProbes struct {
 	targets []*moveTarget
 	wire    *moveTarget // ARP, which no firewall of IP filters: what it loses is the wire's
 	byPort  map[string]*moveTarget
-	rejects bool // the host refuses what is closed: that alone shows no open port
+	rejects bool          // the host refuses what is closed: that alone shows no open port
 	gap     time.Duration // the longest between two rounds
 
 	stop   chan struct{}
