@@ -424,17 +424,15 @@ type moveFlow struct {
 func startMoveFlow(t *testing.T, host string, port uint16) *moveFlow {
 	t.Helper()
 	f := &moveFlow{addr: net.JoinHostPort(host, fmt.Sprint(port)), stop: make(chan struct{}), done: make(chan error, 1)}
-	c, err := net.DialTimeout("tcp", f.addr, 5*time.Second)
-	if err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		f.done <- f.run(c)
-	}()
+	go func() { f.done <- f.run() }()
 	return f
 }
 
-func (f *moveFlow) run(c net.Conn) (err error) {
+func (f *moveFlow) run() (err error) {
+	c, err := net.DialTimeout("tcp", f.addr, 5*time.Second)
+	if err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, c.Close()) }()
 	for b := []byte("?"); ; f.lines++ {
 		select {

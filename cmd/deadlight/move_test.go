@@ -208,25 +208,22 @@ func (m *machine) live(c moveCase, commands []string) (p *moveProbes, whole, up 
 	between := make(chan struct{})
 	go func() {
 		defer close(between)
-		if !m.awaitAsk(ctx, 1, p) {
+		if !m.asks(ctx, 1) || !m.settled(ctx, p) {
 			return
 		}
 		up.from = time.Now()
 		var flows []*moveFlow
 		for _, host := range []string{host4, host6} {
-			if f := startMoveFlow(m.T, host, 443); f != nil {
-				flows = append(flows, f)
-			}
+			flows = append(flows, startMoveFlow(m.T, host, 443))
 		}
 		m.answerAsk(1)
-		for !m.has("report/ask-2") && pause(ctx) {
-		}
-		if m.awaitAsk(ctx, 2, p) {
+		if m.asks(ctx, 2) {
+			time.Sleep(100 * time.Millisecond) // the last command has had its effect
 			up.to = time.Now()
-			for _, f := range flows {
-				f.end(m.T)
-			}
 			m.answerAsk(2)
+		}
+		for _, f := range flows {
+			f.end(m.T)
 		}
 	}()
 	console, err := m.power(ctx)
@@ -235,6 +232,11 @@ func (m *machine) live(c moveCase, commands []string) (p *moveProbes, whole, up 
 	p.close(m.T)
 	whole.to = time.Now()
 	if err != nil || up.to.IsZero() {
+		for i := range commands {
+			if said, err := os.ReadFile(m.path(fmt.Sprintf("report/said-%d", i))); err == nil {
+				m.Logf("%s\n%s", commands[i], said)
+			}
+		}
 		m.Fatalf("boot: %v\n%s", err, console)
 	}
 	for line := range strings.Lines(m.report("steps")) {
@@ -245,15 +247,19 @@ func (m *machine) live(c moveCase, commands []string) (p *moveProbes, whole, up 
 	return p, whole, up, steps
 }
 
-// awaitAsk waits until the host asks, and from then until the ports have been open
-// and closed for a while as they should be: firewalld's unit is active before its
-// rules are there.
-func (m *machine) awaitAsk(ctx context.Context, n int, p *moveProbes) bool {
+// asks waits until the host asks.
+func (m *machine) asks(ctx context.Context, n int) bool {
 	for !m.has(fmt.Sprintf("report/ask-%d", n)) {
 		if !pause(ctx) {
 			return false
 		}
 	}
+	return true
+}
+
+// settled waits until the ports have been open and closed for a while as they should
+// be: firewalld's unit is active before its rules are there.
+func (m *machine) settled(ctx context.Context, p *moveProbes) bool {
 	const while, late = 200 * time.Millisecond, 500 * time.Millisecond
 	for from := time.Now(); time.Since(from) < while+late || !p.asMeant(time.Now().Add(-while-late), time.Now().Add(-late)); {
 		if !pause(ctx) {
