@@ -1,6 +1,5 @@
 sudo deadlight import --from ufw | sudo tee /etc/deadlight/policy.toml
-deadlight check
-sudo deadlight plan
+deadlight check && sudo deadlight plan
 sudo deadlight apply --confirm 5m --no-wait
 sudo deadlight verify && sudo deadlight confirm
 sudo systemctl enable --now deadlight
