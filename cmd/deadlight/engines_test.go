@@ -42,8 +42,10 @@ func TestEngines(t *testing.T) {
 	root := unpackEngines(t)
 	for _, e := range []containerEngine{{
 		name: "podman", bridge: "podman1", guest4: "10.89.0.2", guest6: "fd89::2", gateway: "10.89.0.1", dns: true,
-		// What a CNI or a NetworkManager would do on a real host is not needed here.
-		start: `podman() { command podman --root /tmp/store --runroot /run/store --tmpdir /run/libpod --storage-driver vfs --cgroup-manager cgroupfs --events-backend file --network-backend netavark --network-config-dir /tmp/net "$@"; }
+		// A module that Docker loads would have the bridge translate what a guest asks of
+		// itself by the host, and then not send it back where it came from.
+		start: `for f in /proc/sys/net/bridge/bridge-nf-call-ip*tables; do [ ! -e $f ] || echo 0 >$f; done
+podman() { command podman --root /tmp/store --runroot /run/store --tmpdir /run/libpod --storage-driver vfs --cgroup-manager cgroupfs --events-backend file --network-backend netavark --network-config-dir /tmp/net "$@"; }
 podman network create --ipv6 --subnet 10.89.0.0/24 --subnet fd89::/64 web`,
 		run: `podman run -d --name web1 --cgroups=disabled --network web --ip 10.89.0.2 --ip6 fd89::2 -p 8080:80 -p 8081:80 -p 8053:53/udp --rootfs /srv/guest /bin/busybox httpd -f -p 80`,
 		in:  `podman exec web1`, stop: `podman rm -f -t 0 web1`,
