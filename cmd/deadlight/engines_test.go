@@ -40,6 +40,11 @@ func TestEngines(t *testing.T) {
 		t.Fatal("running engines takes root: sudo -E go test -run TestEngines ./cmd/deadlight, or leave it out with -short")
 	}
 	root := unpackEngines(t)
+	world, err := verify.Listen(verify.Here, []uint16{worldPort}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer world.Close()
 	for _, e := range []containerEngine{{
 		name: "podman", bridge: "podman1", guest4: "10.89.0.2", guest6: "fd89::2", gateway: "10.89.0.1", dns: true,
 		// A module that Docker loads would have the bridge translate what a guest asks of
@@ -64,6 +69,9 @@ tar -C /srv/guest -c . | docker import - guest`,
 		t.Run(e.name, func(t *testing.T) { testEngine(t, root, e) })
 	}
 }
+
+// worldPort is one that guests ask the outside for.
+const worldPort = 7999
 
 // containerEngine is how a shell starts one, and what it makes.
 type containerEngine struct {
@@ -311,12 +319,6 @@ func testEngine(t *testing.T, root string, e containerEngine) {
 		t.Fatal(err)
 	}
 	defer own.Close()
-	const worldPort = 7999
-	world, err := verify.Listen(verify.Here, []uint16{worldPort}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer world.Close()
 	guests := []netip.Addr{netip.MustParseAddr(e.guest4), netip.MustParseAddr(e.guest6)}
 	h.wayTo(guests)
 	h.must(e.start)
