@@ -133,12 +133,16 @@ func (t *liveTable) keeper() (program, advice string) {
 		return "ufw", "One program should decide: ufw disable, or open the port there too with ufw allow."
 	case strings.HasPrefix(t.title, "f2b-"), has("f2b-"):
 		return "fail2ban", "fail2ban-client status lists its jails; fail2ban-client unban takes an address out."
-	case has("DOCKER"):
+	case has("crowdsec-chain"), has("crowdsec6-chain"):
+		return "CrowdSec", "cscli decisions list shows whom it bans; cscli decisions delete --ip takes an address out."
+	case has("DOCKER"), t.title == "docker-bridges":
 		return "docker", "Docker makes these rules; what it publishes is judged by the policy, by host port."
 	case has("shorewall"), has("fw-net"), has("net-fw"):
 		return "shorewall", "One program should decide: open the port in shorewall too, or disable it."
 	case has("LIBVIRT_"), t.title == "libvirt_network":
 		return "libvirt", "libvirt makes these rules for its networks."
+	case has("NETAVARK"):
+		return "podman", "Podman makes these rules; what it publishes is judged by the policy, by host port."
 	case has("KUBE-"), strings.HasPrefix(t.title, "kube-"):
 		return "kube-proxy", "Kubernetes makes these rules."
 	}

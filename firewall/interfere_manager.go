@@ -34,7 +34,10 @@ func (h *hostTree) manager(name string) (Interference, bool) {
 	case "fail2ban.service":
 		i.Severity = Note
 		i.Fact = "fail2ban drops or rejects the addresses that it bans, which the policy may admit; it opens nothing."
-	case "docker.service", "podman.service", "k3s.service", "kubelet.service":
+	case "crowdsec-firewall-bouncer.service":
+		i.Severity = Note
+		i.Fact = "CrowdSec's bouncer drops the addresses that it bans, which the policy may admit; it opens nothing."
+	case "docker.service", "podman.service", "k3s.service", "k3s-agent.service", "kubelet.service":
 		i.Severity = Note
 		i.Fact = "It publishes ports of containers; by default the policy judges them too, by host port."
 		i.Advice = "List published ports in the policy as you list others."

@@ -202,6 +202,10 @@ func TestUnits(t *testing.T) {
 			files:   with(debian, units+"docker.service", "[Unit]\nAfter=firewalld.service\n[Service]\nExecStart=/usr/bin/dockerd\n"),
 			enabled: []string{"docker.service"}, want: []string{"note unit docker.service"},
 		},
+		"bans": {
+			files:   with(debian, units+"crowdsec-firewall-bouncer.service", "[Service]\nExecStart=/usr/bin/crowdsec-firewall-bouncer\n"),
+			enabled: []string{"crowdsec-firewall-bouncer.service"}, want: []string{"note unit crowdsec-firewall-bouncer.service"},
+		},
 		"a plugin that loads nftables": {
 			files: with(debian, units+"netfilter-persistent.service", "[Service]\nExecStart=/usr/sbin/netfilter-persistent start\n",
 				"usr/share/netfilter-persistent/plugins.d/35-nft", "#!/bin/sh\nnft -f /etc/nftables.conf\n"),

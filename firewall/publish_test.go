@@ -112,9 +112,9 @@ func (e engine) tool(v4 bool) []string {
 	return []string{"ip6tables-nft-restore", "--noflush"}
 }
 
-// newEngine makes a router with one engine.
-func newEngine(t failer, e engine) *wire {
-	links := []string{"eth0"}
+// newEngine makes a router with one engine, and more interfaces.
+func newEngine(t failer, e engine, more ...string) *wire {
+	links := append([]string{"eth0"}, more...)
 	if e.bridge != "" {
 		links = append(links, e.bridge)
 	}

@@ -133,7 +133,7 @@ func TestMove(t *testing.T) {
 	}
 	for _, c := range moveCases() {
 		t.Run(c.name, func(t *testing.T) {
-			m := newMachine(t, "ufw", "firewalld", "nftables")
+			m := newMachine(t, "firewalls")
 			m.install()
 			m.services()
 			m.write("etc/systemd/system/listen.service", `[Unit]

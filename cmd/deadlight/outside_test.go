@@ -82,6 +82,13 @@ func newLab(t *testing.T, policy string) *lab {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { listeners.Close() })
+	l.settle(t)
+	return l
+}
+
+// settle gives the outside addresses of its own, and the way to the host.
+func (l *lab) settle(t *testing.T) {
+	t.Helper()
 	out := l.Link("eth0")
 	link, err := netlink.LinkByIndex(out.Index)
 	if err != nil {
@@ -104,7 +111,6 @@ func newLab(t *testing.T, policy string) *lab {
 			t.Fatal(err)
 		}
 	}
-	return l
 }
 
 // runJSON runs a command line in this process and decodes its report.

@@ -268,8 +268,8 @@ type machine struct {
 	mac    net.HardwareAddr
 }
 
-// newMachine has the programs of these packages too.
-func newMachine(t *testing.T, packages ...string) *machine {
+// newMachine has what .ci/debian-root makes of these words.
+func newMachine(t *testing.T, words ...string) *machine {
 	t.Helper()
 	m := &machine{T: t, dir: t.TempDir()}
 	ids, err := os.ReadFile("/proc/self/uid_map")
@@ -280,7 +280,7 @@ func newMachine(t *testing.T, packages ...string) *machine {
 	if _, err := exec.LookPath("systemd-nspawn"); err != nil {
 		t.Fatalf("install systemd-container, or use .ci/test: %v", err)
 	}
-	archive := strings.TrimSpace(m.output("../../.ci/debian-root", packages...))
+	archive := strings.TrimSpace(m.output("../../.ci/debian-root", words...))
 	m.mount("tmpfs", m.dir, "tmpfs", "size=64m,mode=0755")
 	for _, d := range []string{"root", "report", "cgroup", "kept"} {
 		m.check(os.Mkdir(filepath.Join(m.dir, d), 0o755))
