@@ -214,7 +214,7 @@ func TestEditMeanwhile(t *testing.T) {
 	first := l.edit(t, l.policy)
 	first.await(t, "editing")
 	second := l.edit(t, l.policy)
-	if code, shown := second.end(t); code != exitRefused || !strings.Contains(shown, "somebody else edits "+l.policy) {
+	if code, shown := second.end(t); code != exitRefused || !strings.Contains(strings.Join(strings.Fields(shown), " "), "somebody else edits "+l.policy) {
 		t.Errorf("exit %d:\n%s", code, shown)
 	}
 	other := editBefore + "# by another\n"

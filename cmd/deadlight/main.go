@@ -1,5 +1,11 @@
 // Command deadlight keeps every port of a Linux host silent but those its
 // policy opens, and proves it from outside.
+//
+// It has the words, the flags and the terminal: each command compares two of what a
+// policy says (package rules), what the kernel holds (firewall) and what the network
+// shows (verify). Its answer goes to the standard output, and the exit code says it
+// too. It never listens, never runs nft, and changes nothing that it was only asked
+// about.
 package main
 
 import (
