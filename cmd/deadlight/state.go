@@ -144,6 +144,7 @@ func sameRecord(a, b *firewall.Record) bool {
 	sameGlob := func(x, y firewall.Glob) bool { return x.Pattern == y.Pattern && slices.Equal(x.Names, y.Names) }
 	return a.Policy == b.Policy && a.By == b.By && a.Namespace.Is(b.Namespace) &&
 		slices.Equal(a.Beside, b.Beside) && sameSources(a.Sources, b.Sources) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
+		slices.EqualFunc(a.Temporary, b.Temporary, func(x, y firewall.Temporary) bool { return x.Name == y.Name && x.Same(&y.Temporary) }) &&
 		len(firewall.Diff(a.Snapshot, b.Snapshot)) == 0
 }
 
