@@ -178,7 +178,7 @@ func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources, w
 	r.Temporary = kept
 	// What has ended is cleared away with the next change, not for its own sake:
 	// where plan says that nothing changes, nothing does.
-	if left := firewall.Running(kept, time.Now()); len(left) < len(kept) && !sameRecord(last, r) {
+	if left := firewall.Running(kept, time.Now()); len(left) < len(kept) && !samePolicy(last, r) {
 		rs, left = withTemporary(policy, left)
 		if r, err = h.newRecord(file, rs, from); err != nil {
 			return res, r, err
