@@ -61,6 +61,9 @@ func (l AddrRanges) Overlaps(r AddrRange) bool {
 func (t *Temporary) Check() error {
 	if t.Interface != "" {
 		if bad := checkInterface(t.Interface); bad != nil {
+			if strings.Contains(t.Interface, ",") {
+				bad.hint = "one interface at a time"
+			}
 			return mistake(bad)
 		}
 	}

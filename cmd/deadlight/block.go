@@ -80,7 +80,7 @@ func blockHere(e env, f temporaryFlags, t firewall.Temporary, within time.Durati
 	if within == 0 {
 		byItself = ""
 	}
-	printf(e.stdout, "Blocked: %s %s%s%s, generation %d\n", oneLine(t.What()), endText(&t.Temporary), instead(before), byItself, r.Generation)
+	printf(e.stdout, "Blocked: %s %s%s%s, generation %d\n", oneLine(t.What()), endText(&t.Temporary, within), instead(before), byItself, r.Generation)
 	warnKept(e, rs, "flows that run already live on")
 	if rs.Policy.Default.Observe {
 		printf(e.stderr, "deadlight: warning: enforce = false in the policy: it is counted, but gets through\n")

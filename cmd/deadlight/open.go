@@ -78,7 +78,7 @@ func openHere(e env, f temporaryFlags, t firewall.Temporary, within time.Duratio
 	if err != nil {
 		return hostError(err, again)
 	}
-	printf(e.stdout, "Open: %s %s%s: the kernel closes it by itself, generation %d\n", oneLine(t.What()), endText(&t.Temporary), instead(before), r.Generation)
+	printf(e.stdout, "Open: %s %s%s: the kernel closes it by itself, generation %d\n", oneLine(t.What()), endText(&t.Temporary, within), instead(before), r.Generation)
 	if len(t.From) == 0 && t.Interface == "" && rules.IsAdminPort(t.Protocol, t.Port) {
 		printf(e.stderr, "deadlight: warning: open to the whole world: %s; --from ADDR narrows it\n", rules.PortName(t.Protocol, t.Port))
 	}

@@ -243,12 +243,12 @@ func caller() string {
 	return "user " + id
 }
 
-// endText says when a rule ends, in words.
-func endText(t *rules.Temporary) string {
+// endText says when a rule ends that was made for so long.
+func endText(t *rules.Temporary, within time.Duration) string {
 	if t.Expires.IsZero() {
 		return "until deadlight unblock " + t.What() + ", also after a reboot"
 	}
-	return fmt.Sprintf("until %s (%s)", clock(t.Expires), spanText(time.Until(t.Expires)))
+	return fmt.Sprintf("until %s (%s)", clock(t.Expires), spanText(within))
 }
 
 // instead says what the end was before.
@@ -320,7 +320,7 @@ type temporaryJSON struct {
 	From      []string   `json:"from"`               // empty: anywhere
 	Interface string     `json:"interface,omitempty"`
 	Ends      *time.Time `json:"ends,omitempty"`         // by the kernel's own clock where it holds the rule; absent: not by itself
-	Left      int64      `json:"left_seconds,omitempty"` // until it ends
+	Left      int        `json:"left_seconds,omitempty"` // until it ends
 	InForce   bool       `json:"in_force"`               // the kernel holds it
 	By        string     `json:"by"`
 	Begun     time.Time  `json:"begun"`
@@ -351,7 +351,7 @@ func temporaries(r *firewall.Record, is *firewall.Snapshot) []temporaryJSON {
 		}
 		if !end.IsZero() {
 			end = end.UTC().Truncate(time.Second)
-			j.Ends, j.Left = &end, int64(max(end.Sub(now), 0)/time.Second)
+			j.Ends, j.Left = &end, int(max(end.Sub(now), 0)/time.Second)
 		}
 		out = append(out, j)
 	}
