@@ -48,15 +48,6 @@ func ParseAddresses(s string) (AddrRange, error) {
 	return r, mistake(bad)
 }
 
-// MergeAddrs gives the same addresses as few ascending ranges, IPv4 first, as
-// [Source.Ranges] and [Temporary.From] have them.
-func MergeAddrs(list []AddrRange) []AddrRange { return mergeAddrs(list) }
-
-// Overlaps reports whether some of r is among the ranges.
-func (l AddrRanges) Overlaps(r AddrRange) bool {
-	return overlap([]AddrRanges{l.Of(r.Lo.Is4())}, r)
-}
-
 // Check says what is wrong with the words of a rule. Its error is a [*Mistake].
 func (t *Temporary) Check() error {
 	if t.Interface != "" {

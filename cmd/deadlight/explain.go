@@ -34,9 +34,10 @@ from a stranger whom no rule names, without --in by an interface that none names
 PROTOCOL is tcp unless named; without ports: explain esp.
 
 With --live the packet is walked through every table of the running kernel too,
-ours and others', and what deadlight open and block have added counts. When the kernel does something else than the policy says, the
-first chain that differs is named and the exit code is 1; what cannot be told
-without the packet itself is named, with exit code 3.`,
+ours and others'; what deadlight open and block have added counts then. When the
+kernel does something else than the policy says, the first chain that differs is
+named and the exit code is 1; what cannot be told without the packet itself is
+named, with exit code 3.`,
 		Example: `  deadlight explain 22 --from 198.51.100.7
   sudo deadlight explain 443/tcp --live
   deadlight explain 53/udp --from 172.17.0.2 --in docker0 --policy ./policy.toml`,

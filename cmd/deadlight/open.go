@@ -70,7 +70,9 @@ PROTOCOL is tcp unless named, else udp or sctp.`,
 func openHere(e env, f temporaryFlags, t firewall.Temporary, within time.Duration) error {
 	again := "deadlight open " + rules.PortName(t.Protocol, t.Port) + " --for " + spanText(within)
 	var before *firewall.Temporary
-	rs, r, err := changeTemporary(e, f, again, func(_ *rules.Policy, list []firewall.Temporary) ([]firewall.Temporary, error) {
+	var lasting []*rules.Open
+	rs, r, err := changeTemporary(e, f, again, func(p *rules.Policy, list []firewall.Temporary) ([]firewall.Temporary, error) {
+		lasting = policyOpens(p, t.Protocol, t.Port)
 		t.Expires = time.Now().UTC().Add(within).Truncate(time.Millisecond) // reading the state takes time
 		list, before = put(list, t)
 		return list, nil
@@ -81,6 +83,9 @@ func openHere(e env, f temporaryFlags, t firewall.Temporary, within time.Duratio
 	printf(e.stdout, "Open: %s %s%s: the kernel closes it by itself, generation %d\n", oneLine(t.What()), endText(&t.Temporary, within), instead(before), r.Generation)
 	if len(t.From) == 0 && t.Interface == "" && rules.IsAdminPort(t.Protocol, t.Port) {
 		printf(e.stderr, "deadlight: warning: open to the whole world: %s; --from ADDR narrows it\n", rules.PortName(t.Protocol, t.Port))
+	}
+	if len(lasting) > 0 {
+		printf(e.stderr, "deadlight: warning: the policy opens it too, before and after: %s\n", oneLine(places(lasting)))
 	}
 	warnKept(e, rs, "flows that it admits live on after its end")
 	for _, d := range stopped(rs, &t.Temporary) {

@@ -30,6 +30,10 @@ const (
 	day               = 24 * time.Hour
 )
 
+// mostTemporary are as many rules as packets can be asked for one by one; a list of
+// addresses is looked up at once however long it is.
+const mostTemporary = 256
+
 // spanValue is a flag that takes a time like 90s, 2h, 1d or 1d12h.
 type spanValue time.Duration
 
@@ -152,6 +156,9 @@ func changeTemporary(e env, f temporaryFlags, again string, change func(p *rules
 	list, err := change(p, firewall.Running(last.Temporary, time.Now()))
 	if err != nil {
 		return nil, nil, err
+	}
+	if len(list) > mostTemporary {
+		return nil, nil, refused(fmt.Errorf("there are %d temporary rules already: ruleset as before", mostTemporary), "many addresses belong into a [set.*] with files, which a [block.*] names")
 	}
 	next := *last
 	p, next.Temporary = firewall.Beside(p, list)

@@ -465,3 +465,39 @@ func TestSpans(t *testing.T) {
 		t.Errorf("no addresses are %v", got)
 	}
 }
+
+// There are never more rules than packets can be asked for one by one; as many as
+// that work.
+func TestTemporaryMost(t *testing.T) {
+	h := newTempHost(t)
+	change := func(n int) error {
+		return h.Host(func() error {
+			e := env{stdin: strings.NewReader(""), stdout: io.Discard, stderr: io.Discard}
+			_, _, err := changeTemporary(e, temporaryFlags{state: &h.state}, "deadlight block", func(*rules.Policy, []firewall.Temporary) ([]firewall.Temporary, error) {
+				var list []firewall.Temporary
+				for i := range n {
+					a := netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 1})
+					list = append(list, firewall.Temporary{Temporary: rules.Temporary{Block: true, From: []rules.AddrRange{{Lo: a, Hi: a}}}})
+				}
+				return list, nil
+			})
+			return err
+		})
+	}
+	if err := change(mostTemporary); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(h.settled(t).Temporary); n != mostTemporary {
+		t.Errorf("%d rules", n)
+	}
+	var x *exitError
+	if err := change(mostTemporary + 1); !errors.As(err, &x) || x.code != exitRefused {
+		t.Errorf("one more: %v", err)
+	}
+	begun := time.Now()
+	h.must(t, "unblock", "10.0.0.1")
+	t.Logf("one less takes %s", time.Since(begun).Round(time.Millisecond))
+	if n := len(h.settled(t).Temporary); n != mostTemporary-1 {
+		t.Errorf("%d rules", n)
+	}
+}
