@@ -148,7 +148,7 @@ func unblockHere(e env, f temporaryFlags, a rules.AddrRange) error {
 			return nil, usageError(hint, "%s is not blocked by itself but by %s: nothing is changed", a, strings.Join(others, " and "))
 		}
 		printf(e.stdout, "Nothing to unblock: no rule blocks %s\n", a)
-		return nil, errNothing
+		return nil, silently(exitOK)
 	})
 	if err != nil {
 		return hostError(err, again)

@@ -211,7 +211,7 @@ func closeHere(e env, f temporaryFlags, proto rules.Protocol, port uint16) error
 			return nil, usageError("edit it there, then: sudo deadlight apply", "%s is not open for some time but by the policy: %s: nothing is closed", name, places(lasting))
 		}
 		printf(e.stdout, "Nothing to close: no rule opens %s\n", name)
-		return nil, errNothing
+		return nil, silently(exitOK)
 	})
 	if err != nil {
 		return hostError(err, again)

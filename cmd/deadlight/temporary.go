@@ -119,13 +119,11 @@ func (f *temporaryFlags) add(c *cobra.Command) {
 	c.Flags().BoolVar(&f.acceptLockout, "accept-lockout", false, "do it also when your own session is not admitted then")
 }
 
-// errNothing says that there is nothing to do, and that this was said.
-var errNothing = silently(exitOK)
-
 // changeTemporary puts other temporary rules beside what was last applied, in the
 // network namespace of the calling thread. change is given the policy as it was
-// applied and the rules that run, and gives those that shall; again is the command
-// line. It gives what was applied and the rules by the names they have there.
+// applied and the rules that run, and gives those that shall, or silently(exitOK)
+// where there is nothing to do; again is the command line. It gives what was applied,
+// which has the rules by the names they have there.
 func changeTemporary(e env, f temporaryFlags, again string, change func(p *rules.Policy, list []firewall.Temporary) ([]firewall.Temporary, error)) (rs *rules.Ruleset, r *firewall.Record, err error) {
 	h, err := openHost(*f.state, true)
 	if err != nil {
