@@ -104,8 +104,8 @@ func diffSets(name string, a, b *setState) []Difference {
 	case a.definition != b.definition:
 		return differ
 	case a.first.Sub(b.first).Abs() > clockSlack || a.last.Sub(b.last).Abs() > clockSlack: // it ends at another time
-		differ[0].Before += endText(a.last)
-		differ[0].After += endText(b.last)
+		differ[0].Before += a.endText()
+		differ[0].After += b.endText()
 		return differ
 	case a.large == nil && b.large == nil:
 		return diffElements(name, a, b)
@@ -136,11 +136,14 @@ func (s *setState) aged(now time.Time, is *setState) *setState {
 	return &left
 }
 
-func endText(t time.Time) string {
-	if t.IsZero() {
-		return " without end"
+func (s *setState) endText() string {
+	switch {
+	case !s.last.IsZero():
+		return " until " + s.last.UTC().Format(time.RFC3339)
+	case len(s.elements) == 0:
+		return " without elements"
 	}
-	return " until " + t.UTC().Format(time.RFC3339)
+	return " without end"
 }
 
 func diffMaps[V any](kind string, is, wanted map[string]V, text func(V) string, both func(string, V, V) []Difference) []Difference {

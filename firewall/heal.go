@@ -544,8 +544,8 @@ func (g *Guard) prepare(target *Target) {
 	}
 	g.ready, g.readied = nil, now
 	for i := range target.Ruleset.Table.Sets {
-		// And the end of a trial must not wait for as long as this is kept.
-		if s := &target.Ruleset.Table.Sets[i]; s.Large() || s.Name == rules.TrialSet {
+		// And no end, of a trial or of a rule, must wait for as long as this is kept.
+		if s := &target.Ruleset.Table.Sets[i]; s.Large() || s.Name == rules.TrialSet || s.Left(now) > 0 {
 			return
 		}
 	}

@@ -88,6 +88,8 @@ type Record struct {
 	Session  string    `json:"session,omitempty"` // of a trial: the SSH connection it was begun from
 	Back     *Back     `json:"back,omitempty"`    // the last trial that came back to this
 
+	Temporary []Temporary `json:"temporary,omitempty"` // rules beside the policy, those that have ended among them
+
 	Version int    `json:"-"`        // of the format it was read from
 	Table   string `json:"snapshot"` // SHA-256 of the snapshot
 }

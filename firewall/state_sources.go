@@ -41,8 +41,19 @@ func (f *storedFiles) ReadFile(name string) ([]byte, error) {
 	return nil, &fs.PathError{Op: "read", Path: name, Err: fs.ErrNotExist}
 }
 
-// Compile makes the ruleset of a record again, from the stored sources alone.
+// Compile makes the ruleset of a record again, from the stored sources and the
+// temporary rules alone.
 func (s *State) Compile(r *Record) (*rules.Ruleset, error) {
+	p, err := s.Parse(r)
+	if err != nil {
+		return nil, err
+	}
+	p, _ = Beside(p, r.Temporary)
+	return rules.Compile(p), nil
+}
+
+// Parse reads the policy of a record again, without the temporary rules.
+func (s *State) Parse(r *Record) (*rules.Policy, error) {
 	main, err := s.blob(r.Sources[0].SHA256)
 	if err != nil {
 		return nil, err
@@ -59,7 +70,7 @@ func (s *State) Compile(r *Record) (*rules.Ruleset, error) {
 		}
 		return nil, s.failed("", fmt.Errorf("%w: the stored policy is not valid for this version of deadlight:\n%s", ErrStateVersion, b.String()))
 	}
-	return rules.Compile(p), nil
+	return p, nil
 }
 
 // Known gives a [Conn] the large sets of a record, compiled when one is asked

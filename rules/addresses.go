@@ -137,6 +137,10 @@ func parseAddressRange(s string) (AddrRange, *complaint) {
 	return AddrRange{lo, hi}, nil
 }
 
+// MergeAddrs gives the same addresses as few ascending ranges, IPv4 first, as
+// [Source.Ranges] and [Temporary.From] have them.
+func MergeAddrs(list []AddrRange) []AddrRange { return mergeAddrs(list) }
+
 // mergeAddrs gives the same addresses as few ascending ranges, IPv4 first.
 func mergeAddrs(in []AddrRange) []AddrRange {
 	in = slices.Clone(in)

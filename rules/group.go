@@ -144,8 +144,8 @@ func (c *compiler) ruleChain(g *group, i int) {
 	}
 	if !t.Expires.IsZero() {
 		// The kernel takes the elements away when the time has come, with no process alive.
-		c.sets = append(c.sets, Set{Name: name + "_until", Type: TypeNfproto, Codes: []uint32{NfprotoIPv4, NfprotoIPv6}, Until: t.Expires})
-		miss(MatchSet{Field: MetaNfproto, Set: name + "_until", Not: true})
+		c.sets = append(c.sets, Set{Name: name + untilEnd, Type: TypeNfproto, Codes: []uint32{NfprotoIPv4, NfprotoIPv6}, Until: t.Expires})
+		miss(MatchSet{Field: MetaNfproto, Set: name + untilEnd, Not: true})
 	}
 	if len(t.Interfaces) > 0 {
 		c.sets = append(c.sets, ifnameSet(name+"_if", t.Interfaces))

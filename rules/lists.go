@@ -85,6 +85,11 @@ func (l AddrRanges) Contains(a netip.Addr) bool {
 	return ok && r.Contains(a)
 }
 
+// Overlaps reports whether some of r is among the ranges.
+func (l AddrRanges) Overlaps(r AddrRange) bool {
+	return overlap([]AddrRanges{l.Of(r.Lo.Is4())}, r)
+}
+
 // Equal reports whether both hold the same ranges.
 func (l AddrRanges) Equal(o AddrRanges) bool {
 	return slices.Equal(l.v4, o.v4) && slices.Equal(l.v6, o.v6)

@@ -1,7 +1,6 @@
 package rules
 
 import (
-	"fmt"
 	"strings"
 	"unicode"
 )
@@ -97,15 +96,11 @@ func (r *reader) comment(v named) string {
 	if !ok {
 		return ""
 	}
-	if len(s) > maxComment {
-		r.errorf(v.span(), fmt.Sprintf("%d bytes at most; a # line has no limit", maxComment), "comment is %d bytes long", len(s))
-	}
-	for _, c := range s {
-		// Bidirectional controls make text look like what it is not.
-		if unicode.IsControl(c) || unicode.Is(unicode.Bidi_Control, c) {
-			r.errorf(v.span(), "write it as one line of plain text", "comment holds the control character U+%04X", c)
-			break
+	if bad := checkComment(s); bad != nil {
+		if len(s) > maxComment {
+			bad.hint += "; a # line has no limit"
 		}
+		r.report(Error, v.span(), *bad)
 	}
 	return s
 }

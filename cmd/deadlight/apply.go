@@ -104,13 +104,20 @@ func apply(ctx context.Context, e env, file, dir string, f applyFlags) error {
 		return refused(errors.New("an expectation of the policy does not hold: ruleset as before"), "deadlight check "+file)
 	}
 	if !f.acceptLockout {
-		if err := refuseLockout(e, file, rs); err != nil {
+		// What is temporary may let the caller in; where it cannot be read, the apply
+		// itself will say why.
+		list, _ := temporaryOf(dir)
+		judged, _ := withTemporary(rs, firewall.Running(list, time.Now()))
+		if err := refuseLockout(e, "deadlight apply "+file, judged); err != nil {
 			return err
 		}
 	}
 	res, r, err := applyAndRecord(e, file, dir, rs, from, f.within)
 	if err != nil {
 		return hostError(err, "deadlight apply "+file)
+	}
+	if f.verify {
+		rs, _ = withTemporary(rs, r.Temporary)
 	}
 	for _, w := range res.Warnings {
 		printf(e.stderr, "deadlight: warning: %s\n", oneLine(w))
@@ -163,11 +170,23 @@ func applyAndRecord(e env, file, dir string, rs *rules.Ruleset, from *sources, w
 	if last != nil {
 		h.conn.Known = h.state.Known(last)
 	}
+	policy, kept := rs, h.temporary(last)
+	rs, kept = withTemporary(policy, kept)
 	if r, err = h.newRecord(file, rs, from); err != nil {
 		return res, r, err
 	}
 	if err := h.warnGuests(e.stderr, last, rs); err != nil {
 		return res, r, err
+	}
+	r.Temporary = kept
+	// What has ended is cleared away with the next change, not for its own sake:
+	// where plan says that nothing changes, nothing does.
+	if left := firewall.Running(kept, time.Now()); len(left) < len(kept) && !samePolicy(last, r) {
+		rs, left = withTemporary(policy, left)
+		if r, err = h.newRecord(file, rs, from); err != nil {
+			return res, r, err
+		}
+		r.Temporary = left
 	}
 	load := rs
 	if within > 0 {

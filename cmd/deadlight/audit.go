@@ -43,11 +43,13 @@ stopped though listed, 2 policy error, 3 could not tell, as without root.`,
 		Args:    atMostPolicy,
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")
+	dir := stateFlag(c)
 	c.RunE = func(_ *cobra.Command, args []string) error {
 		rs, err := readPolicy(e, policyArg(args), "nothing audited")
 		if err != nil {
 			return err
 		}
+		rs = withThose(e, *dir, rs)
 		a, err := auditHere(policyArg(args), rs)
 		if err != nil {
 			return kernelError(err, "deadlight audit "+policyArg(args))

@@ -117,6 +117,7 @@ type booting struct {
 
 	good, next, pending *firewall.Record // nil: none, or unreadable
 	goodErr             error            // why good is nil
+	kept                []firewall.Temporary
 
 	readable []*rules.Policy // best first: whose [failsafe] counts
 	locked   *rules.Policy   // the lock-down
@@ -166,7 +167,7 @@ func (b *booting) policy() error {
 	if failed := failing(rs); len(failed) > 0 {
 		return fmt.Errorf("%s: %s", failed[0].pos, failed[0].text)
 	}
-	rs = b.inTime(rs)
+	rs = b.inTime(b.keep(rs))
 	res, err := b.host.conn.Apply(rs)
 	if err != nil {
 		return fmt.Errorf("%s: %w", b.file, plainly(err))
@@ -233,11 +234,27 @@ func sameSources(a, b []firewall.Source) bool { return slices.EqualFunc(a, b, sa
 func (b *booting) newest() time.Time {
 	var t time.Time
 	for _, r := range []*firewall.Record{b.good, b.next, b.pending} {
-		if r != nil && r.Applied.After(t) {
+		if r == nil {
+			continue
+		}
+		if r.Applied.After(t) {
 			t = r.Applied
+		}
+		for i := range r.Temporary {
+			if begun := r.Temporary[i].Begun; begun.After(t) {
+				t = begun
+			}
 		}
 	}
 	return t
+}
+
+// keep puts beside the policy what deadlight open and block have added and has not
+// ended by itself.
+func (b *booting) keep(rs *rules.Ruleset) *rules.Ruleset {
+	list := firewall.Running(b.host.temporary(b.good), time.Now())
+	rs, b.kept = withTemporary(rs, list)
+	return rs
 }
 
 // inTime leaves out what expires when the clock cannot be right, as after an
@@ -274,6 +291,10 @@ func (b *booting) record(rs *rules.Ruleset, from *sources, res firewall.Result) 
 	if err != nil {
 		return err
 	}
+	// An opening that the clock has kept closed is over: nobody else would end it.
+	r.Temporary = slices.DeleteFunc(b.kept, func(t firewall.Temporary) bool {
+		return !t.Block && !slices.ContainsFunc(rs.Policy.Open, func(o rules.Open) bool { return o.Name == t.Name })
+	})
 	if newest := b.newest(); r.Applied.Before(newest) {
 		r.Applied = newest // or the next boot would take this clock for right
 	}

@@ -58,7 +58,7 @@ func flagValues(f *pflag.Flag) cobra.CompletionFunc {
 		return func(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
 			return nil, cobra.ShellCompDirectiveFilterDirs
 		}
-	case "in":
+	case "in", "interface":
 		return interfaceNames
 	case "warnings":
 		return cobra.FixedCompletions([]cobra.Completion{"show", "error"}, cobra.ShellCompDirectiveNoFileComp)

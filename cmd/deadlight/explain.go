@@ -16,6 +16,7 @@ import (
 
 type explainFlags struct {
 	policy, from, to, in string
+	state                string // directory
 	json, live           bool
 }
 
@@ -33,9 +34,10 @@ from a stranger whom no rule names, without --in by an interface that none names
 PROTOCOL is tcp unless named; without ports: explain esp.
 
 With --live the packet is walked through every table of the running kernel too,
-ours and others'. When the kernel does something else than the policy says, the
-first chain that differs is named and the exit code is 1; what cannot be told
-without the packet itself is named, with exit code 3.`,
+ours and others'; what deadlight open and block have added counts then. When the
+kernel does something else than the policy says, the first chain that differs is
+named and the exit code is 1; what cannot be told without the packet itself is
+named, with exit code 3.`,
 		Example: `  deadlight explain 22 --from 198.51.100.7
   sudo deadlight explain 443/tcp --live
   deadlight explain 53/udp --from 172.17.0.2 --in docker0 --policy ./policy.toml`,
@@ -53,6 +55,8 @@ without the packet itself is named, with exit code 3.`,
 	c.Flags().StringVar(&f.in, "in", "", "interface by which the packet enters (default: one that no rule names)")
 	c.Flags().BoolVar(&f.live, "live", false, "walk the tables of the running kernel too, ours and others' (root)")
 	c.Flags().BoolVar(&f.json, "json", false, "print one JSON object")
+	dir := stateFlag(c)
+	c.PreRun = func(*cobra.Command, []string) { f.state = *dir }
 	return c
 }
 
@@ -97,6 +101,9 @@ func explain(e env, what string, f explainFlags) error {
 	if rs == nil {
 		return unusable(e, problems, "nothing explained")
 	}
+	if f.live {
+		rs = withThose(e, f.state, rs)
+	}
 	d := rs.Decide(p)
 	x := explanation{
 		Schema: 1, Verdict: d.Outcome.String(), Rule: d.Rule, File: d.Pos.File, Line: d.Pos.Line,
@@ -131,7 +138,7 @@ func explain(e env, what string, f explainFlags) error {
 func (x *explanation) print(w io.Writer) {
 	printf(w, "%s: %s\n", x.Verdict, printable(x.Reason))
 	for _, n := range x.Nearest {
-		printf(w, "nearest: open %q (%s:%d) %s\n", n.Rule, printable(n.File), n.Line, printable(n.Why))
+		printf(w, "nearest: open %q%s %s\n", n.Rule, printable(inFile(rules.Pos{File: n.File, Line: n.Line})), printable(n.Why))
 	}
 	l := x.Live
 	if l == nil {
@@ -180,10 +187,7 @@ func live(p rules.Packet, d rules.Decision) (l *liveJSON, err error) {
 
 // reason says in words what decided.
 func reason(rs *rules.Ruleset, p rules.Packet, d rules.Decision) string {
-	at := ""
-	if d.Pos.Line > 0 {
-		at = fmt.Sprintf(" (%s:%d)", d.Pos.File, d.Pos.Line)
-	}
+	at := inFile(d.Pos)
 	port := rules.PortName(p.Protocol, p.DstPort)
 	var s string
 	switch d.Kind {
@@ -212,6 +216,15 @@ func reason(rs *rules.Ruleset, p rules.Packet, d rules.Decision) string {
 		s += "; but enforce = false: it gets through and is counted"
 	}
 	return s
+}
+
+// inFile names the line of a rule, behind its name; a temporary rule stands in no
+// file.
+func inFile(p rules.Pos) string {
+	if p.Line == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" (%s:%d)", p.File, p.Line)
 }
 
 // packetOf makes the packet that a command line describes.

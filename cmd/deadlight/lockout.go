@@ -55,8 +55,8 @@ func (c *cutOff) fact(rs *rules.Ruleset) string {
 		to += " by " + c.packet.In
 	}
 	if !c.ends.IsZero() {
-		return fmt.Sprintf("your own %s to %s ends at %s, when open %q (%s:%d) expires",
-			c.session, to, c.ends.Format(time.RFC3339), c.decision.Rule, c.decision.Pos.File, c.decision.Pos.Line)
+		return fmt.Sprintf("your own %s to %s ends at %s, when open %q%s expires",
+			c.session, to, c.ends.Format(time.RFC3339), c.decision.Rule, inFile(c.decision.Pos))
 	}
 	return fmt.Sprintf("your own %s to %s would be cut: %s", c.session, to, reason(rs, c.packet, c.decision))
 }
@@ -64,11 +64,14 @@ func (c *cutOff) fact(rs *rules.Ruleset) string {
 // hint says which lines keep the session, to paste into the policy.
 func (c *cutOff) hint(rs *rules.Ruleset) string {
 	from := c.packet.Src.String()
+	if c.decision.Kind == "block" && c.decision.Pos.Line == 0 {
+		return fmt.Sprintf("block %q is temporary: an opening does not win over it", c.decision.Rule)
+	}
 	if c.decision.Kind == "block" {
 		return fmt.Sprintf("add to [block.%s] (%s:%d): except = [%q]; an opening does not win over a block", c.decision.Rule, c.decision.Pos.File, c.decision.Pos.Line, from)
 	}
 	for _, o := range rs.OpensAt(c.packet.Protocol, c.packet.DstPort) {
-		if rs.Miss(&o.Traffic, c.packet) == "from" {
+		if o.Pos.Line > 0 && rs.Miss(&o.Traffic, c.packet) == "from" {
 			return fmt.Sprintf("add %q to from of [open.%s] (%s:%d)", from, o.Name, o.Pos.File, o.Pos.Line)
 		}
 	}
@@ -91,11 +94,12 @@ func taken(rs *rules.Ruleset, name string) bool {
 }
 
 // refuseLockout refuses a policy that does not admit the caller's own sessions,
-// before anything is written, and warns of one that soon will not.
-func refuseLockout(e env, file string, rs *rules.Ruleset) error {
+// before anything is written, and warns of one that soon will not; again is the
+// command line.
+func refuseLockout(e env, again string, rs *rules.Ruleset) error {
 	sessions, err := operator()
 	if err != nil {
-		return unknownPeer(err, file)
+		return unknownPeer(err, again)
 	}
 	var facts, hints []string
 	for _, c := range cutOffs(rs, sessions, time.Now()) {
@@ -115,10 +119,10 @@ func refuseLockout(e env, file string, rs *rules.Ruleset) error {
 }
 
 // unknownPeer says what to do when it cannot be told whom a policy locks out.
-func unknownPeer(err error, file string) error {
+func unknownPeer(err error, again string) error {
 	hint := "whoever has another way in may pass --accept-lockout"
 	if errors.Is(err, errPeerUnknown) && os.Geteuid() != 0 {
-		hint = "sudo deadlight apply " + file
+		hint = "sudo " + again
 	}
 	return refused(fmt.Errorf("check against a lock-out: %w: ruleset as before", err), hint)
 }

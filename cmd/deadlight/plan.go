@@ -93,7 +93,7 @@ func plan(e env, file string, f planFlags) error {
 	if err := e.showProblems(problems, ""); err != nil {
 		return err
 	}
-	p, err := planHere(file, f.state, rs)
+	p, rs, err := planHere(file, f.state, rs)
 	if err != nil {
 		return hostError(err, "deadlight plan "+file)
 	}
@@ -112,44 +112,46 @@ func plan(e env, file string, f planFlags) error {
 	return silently(exitFindings)
 }
 
-// planHere compares a policy with the network namespace of the calling thread.
-func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
+// planHere compares a policy with the network namespace of the calling thread. It
+// gives the policy with what is temporary beside it, which apply keeps.
+func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, _ *rules.Ruleset, err error) {
 	h, err := openHost(dir, false)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
-	want, err := firewall.Meant(rs, time.Now())
-	if err != nil {
-		return nil, err
-	}
 	p := &planJSON{
 		Schema: 1, Policy: file, Baseline: baseApplied,
 		Rules: []ruleChangeJSON{}, Changes: []changeJSON{}, Ports: []portJSON{}, Notes: []string{}, Ending: []firewall.Flow{},
 		Guests: []guestServiceJSON{}, rs: rs,
 	}
-	beside, err := h.conn.Interference(rs, h.conn.HostFiles())
-	if err != nil {
-		return nil, err
-	}
-	p.Interference = interferences(beside)
 	last, old, err := h.lastApplied(p)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	rs, _ = withTemporary(rs, h.temporary(last))
+	want, err := firewall.Meant(rs, time.Now())
+	if err != nil {
+		return nil, nil, err
+	}
+	beside, err := h.conn.Interference(rs, h.conn.HostFiles())
+	if err != nil {
+		return nil, nil, err
+	}
+	p.Interference = interferences(beside)
 	// For the large sets of the policy; nothing is sent that the old ones could spare.
 	h.conn.Known = firewall.KnownIn(&rs.Table)
 	is, changes, err := h.conn.Check(want, firewall.Samples)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	p.Generation, p.Loaded = is.Generation.ID, is.Present
 	if len(changes) == 0 {
-		return p, nil
+		return p, rs, nil
 	}
 	ending, err := h.conn.Ending(rs)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	p.Ending = append(p.Ending, ending...)
 	before := &portsBefore{}
@@ -165,16 +167,16 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	var who *byJSON
 	if last != nil && is.Generation.ID == last.Generation+1 {
 		if who, err = h.lastActor(last); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	p.explain(changes, is, want, last, old, rs, who)
 	if p.Guests, err = cutGuestsHere(old, rs); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	found, err := listeners()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	was, will := outlooks(old, rs)
 	before.was = was
@@ -185,7 +187,7 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 		p.Ports, err = changedPorts(before, will, found)
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if left > 0 {
 		p.Notes = append(p.Notes, fmt.Sprintf("the running rules were not asked about %s: too many", plural(left, "packet")))
@@ -193,7 +195,7 @@ func planHere(file, dir string, rs *rules.Ruleset) (_ *planJSON, err error) {
 	if p.Ports == nil {
 		p.Ports = []portJSON{}
 	}
-	return p, nil
+	return p, rs, nil
 }
 
 // lastApplied gives the record of what was last applied here with its ruleset;

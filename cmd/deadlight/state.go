@@ -148,11 +148,16 @@ func (h *host) beside(rs *rules.Ruleset) ([]firewall.Interference, error) {
 	return slices.DeleteFunc(list, func(i firewall.Interference) bool { return i.Severity == firewall.Note }), err
 }
 
+// samePolicy reports whether both are of the same files with the same content.
+func samePolicy(a, b *firewall.Record) bool {
+	sameGlob := func(x, y firewall.Glob) bool { return x.Pattern == y.Pattern && slices.Equal(x.Names, y.Names) }
+	return a.Policy == b.Policy && a.By == b.By && sameSources(a.Sources, b.Sources) && slices.EqualFunc(a.Globs, b.Globs, sameGlob)
+}
+
 // sameRecord reports whether both say the same of policy and table.
 func sameRecord(a, b *firewall.Record) bool {
-	sameGlob := func(x, y firewall.Glob) bool { return x.Pattern == y.Pattern && slices.Equal(x.Names, y.Names) }
-	return a.Policy == b.Policy && a.By == b.By && a.Namespace.Is(b.Namespace) &&
-		slices.Equal(a.Beside, b.Beside) && sameSources(a.Sources, b.Sources) && slices.EqualFunc(a.Globs, b.Globs, sameGlob) &&
+	return samePolicy(a, b) && a.Namespace.Is(b.Namespace) && slices.Equal(a.Beside, b.Beside) &&
+		slices.EqualFunc(a.Temporary, b.Temporary, func(x, y firewall.Temporary) bool { return x.Name == y.Name && x.Same(&y.Temporary) }) &&
 		len(firewall.Diff(a.Snapshot, b.Snapshot)) == 0
 }
 

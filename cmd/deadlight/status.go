@@ -69,6 +69,7 @@ type statusJSON struct {
 	Policy       policyStatusJSON   `json:"policy"`
 	Kernel       kernelStatusJSON   `json:"kernel"`
 	Verified     *verifiedJSON      `json:"verified,omitempty"` // the last verification of this host
+	Temporary    []temporaryJSON    `json:"temporary"`          // rules beside the policy that have not ended
 	Counters     []counterJSON      `json:"counters"`
 	Interference []interferenceJSON `json:"interference"`
 	Notes        []string           `json:"notes"`
@@ -135,7 +136,7 @@ func statusHere(dir, root string) (_ *statusJSON, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, h.close()) }()
-	s := &statusJSON{Schema: 1, Counters: []counterJSON{}, Notes: []string{}}
+	s := &statusJSON{Schema: 1, Temporary: []temporaryJSON{}, Counters: []counterJSON{}, Notes: []string{}}
 	rs, err := s.applied(h)
 	if err != nil {
 		return nil, err
@@ -194,6 +195,7 @@ func (s *statusJSON) applied(h *host) (*rules.Ruleset, error) {
 	if judges != nil {
 		s.Policy.State, s.Policy.File, s.Policy.Applied, s.Policy.Back = policyApplied, judges.Policy, &judges.Applied, judges.Back
 		s.Policy.Changed = append(s.Policy.Changed, changedFiles(judges)...)
+		s.Temporary = temporaries(judges, is)
 	}
 	if err := s.verified(h, judges); err != nil {
 		return nil, err
@@ -328,6 +330,7 @@ func (s *statusJSON) print(w io.Writer) {
 	if v := s.Verified; v != nil {
 		printf(w, "verified  %s\n", oneLine(v.text()))
 	}
+	printTemporary(w, s.Temporary)
 	title := "packets"
 	for _, c := range s.Counters {
 		mark := ""

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"deadlight/rules"
 	"deadlight/verify"
 )
 
@@ -33,6 +34,8 @@ type vantageRequest struct {
 	// Self are the addresses of who asks, if that is the host to look at: then the one
 	// by which it reached the vantage is the target, and the answer is a vantageAnswer.
 	Self []netip.Addr `json:"self,omitempty"`
+	// Temporary are the rules in no file that are in force on the host to look at.
+	Temporary []rules.Temporary `json:"temporary,omitempty"`
 }
 
 // vantageAnswer is what the far side says of the host that asked.
@@ -58,6 +61,11 @@ func askVantage(ctx context.Context, e env, v verify.SSHVantage, file string, fr
 	}
 	for _, g := range from.globs {
 		request.Globs[g.Pattern] = g.Names
+	}
+	if self != nil {
+		for _, t := range temporaryHere(e, f.state) {
+			request.Temporary = append(request.Temporary, t.Temporary)
+		}
 	}
 	b, err := json.Marshal(request)
 	if err != nil {
@@ -170,6 +178,10 @@ func lookForAnother(ctx context.Context, e env, caller string) error {
 	rs, problems := parseFiles(r.Policy, sentFiles(r))
 	if rs == nil {
 		return unusable(e, problems, "nothing probed") // the near side has read it: another version
+	}
+	if len(r.Temporary) > 0 {
+		p, _ := rs.Policy.With(r.Temporary)
+		rs = rules.Compile(p)
 	}
 	if r.Self != nil {
 		target, err := targetOf(caller, &r)

@@ -84,7 +84,7 @@ func appliedReport(ctx context.Context, e env, file, dir string, rs *rules.Rules
 		return nil, err
 	}
 	if v := rs.Policy.Verify.Vantage; isAfar(v) {
-		f := verifyFlags{lookFlags: lookFlags{Ports: "all", Thorough: -1}, report: reportFlags{format: "text"}}
+		f := verifyFlags{lookFlags: lookFlags{Ports: "all", Thorough: -1}, report: reportFlags{format: "text"}, state: dir}
 		report, output, err := lookFromAfar(ctx, e, v, file, from, f)
 		if err != nil {
 			return nil, err
@@ -93,7 +93,7 @@ func appliedReport(ctx context.Context, e env, file, dir string, rs *rules.Rules
 		_, err = e.stdout.Write(output)
 		return report, err
 	}
-	report, err := verifyHost(ctx, e, rs, hostCheck{ports: all})
+	report, err := verifyHost(ctx, e, withThose(e, dir, rs), hostCheck{ports: all})
 	if err != nil {
 		return nil, err
 	}

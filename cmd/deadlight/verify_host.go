@@ -61,7 +61,7 @@ func verifyHere(ctx context.Context, e env, file string, f verifyFlags) error {
 			return codeOf(report.Verdict)
 		}
 	} else {
-		report, err = verifyHost(ctx, e, rs, hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets"})
+		report, err = verifyHost(ctx, e, withThose(e, f.state, rs), hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets"})
 	}
 	if err != nil {
 		return err
