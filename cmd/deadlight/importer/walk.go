@@ -194,7 +194,7 @@ func (w *walk) chain(c *chain, reach []piece, all *box, path string) (out []gran
 			if err != nil {
 				return nil, nil, err
 			}
-			if whole != nil && !whole.empty() && len(g) == 0 && len(f) == 0 && w.denials != nil { // all that is there denies
+			if whole != nil && !whole.empty() && len(g) == 0 && len(f) == 0 && w.denials != nil && w.set.onlyDenies(target) {
 				w.denials = append(w.denials, denial{*whole, r, here})
 			}
 			if !universal(r, w.v4) {
@@ -237,6 +237,15 @@ func (w *walk) chain(c *chain, reach []piece, all *box, path string) (out []gran
 		}
 	}
 	return out, append(fell, reach...), nil
+}
+
+// onlyDenies reports whether no rule that a chain leads to could admit anything new.
+func (s *ruleset) onlyDenies(c *chain) bool {
+	return !slices.ContainsFunc(s.reachable([]*base{{chain: c}}), func(c *chain) bool {
+		return slices.ContainsFunc(c.rules, func(r *rule) bool {
+			return (r.verdict == accept || r.verdict == rewrite || r.verdict == unclear) && (r.states == 0 || r.states&stNew != 0)
+		})
+	})
 }
 
 // coalesce joins pieces that differ in one dimension, as those that came back
