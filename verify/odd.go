@@ -48,6 +48,7 @@ type oddConfig struct {
 	// may be sent to it.
 	many      bool
 	witnessed bool  // a witness on the host counts what arrives
+	entire    bool  // no fragments are sent
 	listening Ports // unlisted ports with a listener
 	level     int   // of --thorough
 	budget    int   // packets at most, as far as one port a kind allows it
@@ -207,7 +208,7 @@ func (o *odd) wanted(k *oddKind) bool {
 	switch {
 	case max(k.level, 1) > o.cfg.level:
 		return false
-	case k.place != toHost && !o.cfg.many, k.reload && !o.cfg.own:
+	case k.place != toHost && !o.cfg.many, k.reload && !o.cfg.own, k.pieces && o.cfg.entire:
 		return false
 	}
 	switch k.proto {

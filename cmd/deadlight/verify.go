@@ -62,9 +62,9 @@ path is proven alive by ports that must answer: a listed TCP port, echo, or
 --canary. Over UDP silence cannot tell a filter from a service that does not
 answer; the report says so. Probe only hosts that are yours.
 
-Behind the sweep of a --target follow adversarial probes (other flags, source
-ports, fragments, options, protocols); --thorough says how many. Those other than
-of TCP and UDP need --ports all.
+Behind the sweep follow adversarial probes (other flags, source ports, fragments,
+options, protocols); --thorough says how many. Those other than of TCP and UDP need
+--ports all.
 
 The verdict about this host is kept: deadlight status shows it. --textfile FILE
 writes it for the textfile collector of node_exporter.
@@ -120,7 +120,7 @@ Exit codes: 0 the host is as the policy says, 1 it is not, 3 could not tell.`,
 // or that of --target.
 func (f *verifyFlags) ofTheOther(c *cobra.Command) error {
 	if len(f.Targets) == 0 {
-		for _, name := range []string{"connect", thoroughFlag, "ssh-config"} {
+		for _, name := range []string{"connect", "ssh-config"} {
 			if c.Flags().Changed(name) {
 				return usageError("deadlight verify --target ADDR, on another machine", "--%s is of a --target, and this is the host itself", name)
 			}

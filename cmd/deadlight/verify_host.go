@@ -23,6 +23,7 @@ type hostCheck struct {
 	in          string
 	maxRate     int
 	packetsOnly bool
+	thorough    int
 }
 
 // verifyHere is verify without --target.
@@ -47,7 +48,7 @@ func verifyHere(ctx context.Context, e env, file string, f verifyFlags) error {
 	if v := rs.Policy.Verify.Vantage; f.vantage == "" && v != "netns" {
 		return badVantage(v, "[verify] of "+file)
 	}
-	report, err := verifyHost(ctx, e, rs, hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets"})
+	report, err := verifyHost(ctx, e, rs, hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets", thoroughOf(rs, f.Thorough)})
 	if err != nil {
 		return err
 	}
@@ -75,7 +76,7 @@ func badVantage(vantage, where string) error {
 func verifyHost(ctx context.Context, e env, rs *rules.Ruleset, c hostCheck) (*verify.Report, error) {
 	line := newProgress(e.stderr)
 	report, err := verify.LookAtHost(ctx, verify.HostConfig{
-		Rules: rs, Ports: c.ports, Canaries: c.canaries, In: c.in, MaxRate: c.maxRate, PacketsOnly: c.packetsOnly,
+		Rules: rs, Ports: c.ports, Canaries: c.canaries, In: c.in, MaxRate: c.maxRate, PacketsOnly: c.packetsOnly, Thorough: c.thorough,
 		Progress: func(sent, total uint64) { line.update("probing this host", sent, total) },
 	})
 	line.done()
