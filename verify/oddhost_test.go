@@ -314,3 +314,61 @@ func TestVantageOddProbesByPacketsAlone(t *testing.T) {
 		}
 	}
 }
+
+// soon makes the host give up on fragments after so many seconds: nobody waits a minute.
+func soon(t *testing.T, w *World, seconds string) {
+	t.Helper()
+	if err := w.Host(func() error {
+		for _, path := range []string{"ipv4/ipfrag_time", "ipv6/ip6frag_time", "netfilter/nf_conntrack_frag6_timeout"} {
+			if err := setNetSysctl(path, seconds); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What the host says of fragments when it gives up on them is waited for, and turned
+// back as everything else: of a lone one at level 2, and at level 1 where a table ahead
+// of ours keeps one back.
+func TestVantageAwaitsReassembly(t *testing.T) {
+	rs := compileText(t, oddHost)
+	good := compiled(t, rs)
+	var kept []string
+	for _, l := range strings.Split(good, "\n") {
+		if !strings.Contains(l, "reassembly time exceeded") {
+			kept = append(kept, l)
+		}
+	}
+	told := strings.Join(kept, "\n")
+	const kept2nd = "table ip early { chain in { type filter hook prerouting priority -500; ip frag-off & 0x1fff != 0 meta l4proto udp drop; }; }\n"
+	for name, c := range map[string]struct {
+		text     string
+		thorough int
+		want     []string
+	}{
+		"sound":             {good, 2, []string{}},
+		"told of":           {told, 2, []string{"lone first fragment"}},
+		"the other is kept": {told + kept2nd, 1, []string{"fragmented datagram"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := furnished(t, c.text, "1")
+			soon(t, w, "3")
+			before := asItIs(t, w)
+			seen := onTheWire(t, w, "eth0", "wg0")
+			few := Ports{allPorts()[:3000], allPorts()[:3000]}
+			r := lookAt(t, w, HostConfig{Rules: rs, Thorough: c.thorough, Ports: few})
+			if got := seen(); got != "" {
+				t.Errorf("on the wire:\n%s", got)
+			}
+			if after := asItIs(t, w); after != before {
+				t.Errorf("the host was\n%s\nand is\n%s", before, after)
+			}
+			if got := oddKindsIn(t, r); !slices.Equal(got, c.want) {
+				t.Errorf("found by %q, want %q:\n%s", got, c.want, text(t, r))
+			}
+		})
+	}
+}
