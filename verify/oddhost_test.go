@@ -372,3 +372,46 @@ func TestVantageAwaitsReassembly(t *testing.T) {
 		})
 	}
 }
+
+// A port that the host passes on to a container is listed and answers the sweep; what
+// the adversarial probes set off goes neither there nor to a wire, and is no finding.
+func TestVantageOddProbesBesideContainers(t *testing.T) {
+	rs := compileText(t, "[open.web]\nports = 80\n[icmp]\necho = false\n")
+	nat := "table ip nat { chain pre { type nat hook prerouting priority dstnat; tcp dport 80 dnat to 10.8.0.9:8080; }; }\n"
+	for name, c := range map[string]struct {
+		text string
+		want Verdict
+	}{
+		"sound":  {compiled(t, rs) + nat, Pass},
+		"broken": {compiled(t, rs) + nat + "table ip first { chain pre { type nat hook prerouting priority -120; tcp sport 53 dnat to 10.8.0.9:8080; }; }\n" + letIn("tcp sport 53"), Fail},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := furnished(t, c.text, "1")
+			if err := w.Command(t.Context(), []string{"sh", "-ec", "echo 1 >/proc/sys/net/ipv4/ip_forward; ip neigh add 10.8.0.9 lladdr 02:00:00:00:00:09 dev wg0"}, os.Stderr, os.Stderr); err != nil {
+				t.Fatal(err)
+			}
+			seen := onTheWire(t, w, "wg0")
+			r := lookAt(t, w, HostConfig{Rules: rs, Thorough: 1, Ports: Ports{allPorts()[:200], nil}})
+			stranger := ""
+			for _, l := range strings.Split(seen(), "\n") {
+				if !strings.Contains(l, "203.0.113.77.") && l != "" { // the sweep's own
+					stranger += l + "\n"
+				}
+			}
+			if stranger != "" {
+				t.Errorf("on the wire:\n%s", stranger)
+			}
+			if r.Verdict != c.want {
+				t.Errorf("verdict %s, want %s:\n%s", r.Verdict, c.want, text(t, r))
+			}
+		})
+	}
+}
+
+// letIn makes a rule for both lines of defence of ours.
+func letIn(rule string) (text string) {
+	for _, chain := range []string{"gate", "backstop_in", "backstop_forward"} {
+		text += "insert rule inet deadlight " + chain + " " + rule + " accept\n"
+	}
+	return text
+}

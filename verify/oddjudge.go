@@ -214,7 +214,7 @@ func (j *judge) odd(o *odd, res *Result) {
 	kinds := map[string]*OddKind{}
 	var order []string
 	known := j.knownHoles()
-	lost := map[oddLoss]*oddProbe{}
+	lost, seen := map[oddLoss]*oddProbe{}, map[string]bool{}
 	for _, x := range o.probes {
 		k := kinds[x.kind.name]
 		if k == nil {
@@ -232,11 +232,12 @@ func (j *judge) odd(o *odd, res *Result) {
 			k.Control = "answered"
 		case x.control && k.Control == "none":
 			k.Control = "silent"
-		case x.listed:
-			j.oddListed(o, x, a)
+			seen[x.kind.name] = x.arrived // so that nothing on the way drops them
 		case x.control, known[hole{x.dst.Is4(), x.proto.String(), x.dport}]:
 		case a.State == Unknown:
 			lost[oddLoss{x.kind.name, x.view}] = x
+		case x.listed:
+			j.oddListed(x, a)
 		case a.Reason == NoResponse: // nor is a refusal that got lost a finding
 		case !x.expect.agrees(a, x.proto):
 			k.Answered++
@@ -246,7 +247,7 @@ func (j *judge) odd(o *odd, res *Result) {
 	var silent []string
 	for _, name := range order {
 		r.Kinds = append(r.Kinds, *kinds[name])
-		if kinds[name].Control == "silent" {
+		if kinds[name].Control == "silent" && !seen[name] {
 			silent = append(silent, name)
 		}
 	}
@@ -294,16 +295,9 @@ func (j *judge) oddAnswer(x *oddProbe) Answer {
 
 // oddListed judges a protocol, or a port of SCTP, that the policy opens. An answer
 // other than a refusal shows that it is, and so does a passage.
-func (j *judge) oddListed(o *odd, x *oddProbe, a Answer) {
-	in := a.State == Open || a.State == Closed
-	if !in && !x.arrived && !o.paths[x.view].alive {
-		return
-	}
+func (j *judge) oddListed(x *oddProbe, a Answer) {
 	j.report.listed = append(j.report.listed, x.proto)
-	if !in {
-		if a.State == Unknown {
-			a = Answer{Filtered, NoResponse}
-		}
+	if a.State != Open && a.State != Closed {
 		j.oddFinding(x, a)
 	}
 }
@@ -331,22 +325,22 @@ func (j *judge) knownHoles() map[hole]bool {
 func (j *judge) oddPath(o *odd, view int, res *Result, lost map[oddLoss]*oddProbe) {
 	v := &o.cfg.views[view]
 	alive := o.paths[view].alive && o.paths[view].unsent == 0
-	if o.witness != nil {
-		arrived, early := false, false
-		for _, x := range o.probes {
-			arrived = arrived || x.view == view && x.arrived
-			early = early || x.view == view && x.kind.early
+	probes, arrived, early := 0, false, false
+	for _, x := range o.probes {
+		if x.view == view {
+			probes, arrived, early = probes+1, arrived || x.arrived, early || x.kind.early
 		}
-		if arrived {
-			if early && !alive {
-				j.report.Notes = append(j.report.Notes, fmt.Sprintf("options that %s refuses ahead of every rule: their silence proves nothing, no canary answered", v.Path.Dst))
-			}
-			j.oddLost(v, view, lost)
-			return
-		}
-		alive = false
 	}
-	if alive {
+	switch {
+	case probes == 0:
+		return
+	case o.witness == nil && alive:
+		return
+	case arrived:
+		if early && !alive {
+			j.report.Notes = append(j.report.Notes, fmt.Sprintf("options that %s refuses ahead of every rule: their silence proves nothing, no canary answered", v.Path.Dst))
+		}
+		j.oddLost(v, view, lost)
 		return
 	}
 	for i := range j.cfg.Views {
@@ -355,7 +349,7 @@ func (j *judge) oddPath(o *odd, view int, res *Result, lost map[oddLoss]*oddProb
 			return // the sweep says so too, port by port
 		}
 	}
-	j.oddUnknown(v, "any", "odd probes", PathNotProven.String())
+	j.oddUnknown(v, "any", "odd probes", Expectation{Outcome: rules.OutcomeFiltered}, PathNotProven.String())
 }
 
 // oddLost names the kinds of which some probe to a view never arrived, though others did.
@@ -368,15 +362,16 @@ func (j *judge) oddLost(v *View, view int, lost map[oddLoss]*oddProbe) {
 	}
 	slices.Sort(kinds)
 	for _, kind := range kinds {
-		j.oddUnknown(v, lost[oddLoss{kind, view}].proto.String(), kind, "not all of them arrived at the host")
+		x := lost[oddLoss{kind, view}]
+		j.oddUnknown(v, x.proto.String(), kind, x.expect, "not all of them arrived at the host")
 	}
 }
 
 // oddUnknown reports that nothing can be said.
-func (j *judge) oddUnknown(v *View, protocol, kind, reason string) {
+func (j *judge) oddUnknown(v *View, protocol, kind string, x Expectation, reason string) {
 	j.report.Findings = append(j.report.Findings, Finding{
 		Family: familyOf(v.Path.Dst), Address: v.Path.Dst.String(), Protocol: protocol, Probe: kind + " from " + v.Path.Src.String(),
-		Expected: rules.OutcomeFiltered.String(), Observed: Unknown, Reason: reason, Interface: v.In, Odd: kind, source: v.Path.Src.String(),
+		Expected: x.Outcome.String(), Observed: Unknown, Reason: reason, Rule: x.Rule, Interface: v.In, Odd: kind, source: v.Path.Src.String(),
 	})
 }
 
