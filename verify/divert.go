@@ -28,6 +28,15 @@ type diversion struct {
 	to    int // index
 }
 
+// seclusion keeps some addresses off every wire: whatever goes to them is turned into
+// another interface, by whatever it leaves, and what comes from them is not sent on.
+// Nobody else may have the addresses.
+type seclusion struct {
+	addrs []netip.Addr
+	links []hostLink
+	to    int // index
+}
+
 // diverter is the table `netdev deadlight_probe`.
 type diverter struct {
 	conn  *nftables.Conn
@@ -36,7 +45,7 @@ type diverter struct {
 
 // armDiverter puts the table into the network namespace that in runs in. ports are
 // those that the vantage sends from, besides those of its canaries.
-func armDiverter(in Runner, ports []uint16, list []diversion) (*diverter, error) {
+func armDiverter(in Runner, ports []uint16, list []diversion, apart seclusion) (*diverter, error) {
 	d := &diverter{table: &nftables.Table{Name: tripwireTable, Family: nftables.TableFamilyNetdev, Flags: nftables.TableFlagOwner}}
 	err := in(func() error {
 		here, err := threadNetNS()
@@ -52,6 +61,9 @@ func armDiverter(in Runner, ports []uint16, list []diversion) (*diverter, error)
 		if err := d.compose(ports, list); err != nil {
 			return err
 		}
+		if err := d.seclude(apart); err != nil {
+			return err
+		}
 		return d.conn.Flush()
 	})
 	if err != nil {
@@ -64,7 +76,7 @@ func armDiverter(in Runner, ports []uint16, list []diversion) (*diverter, error)
 // canDivert reports whether the kernel has what a diverter needs: Linux 5.16, or
 // an older one into which it was taken back.
 func canDivert(in Runner) (bool, error) {
-	d, err := armDiverter(in, []uint16{1}, []diversion{{link: "lo", addrs: parseAddrs("192.0.2.1", "2001:db8::1"), to: 1}})
+	d, err := armDiverter(in, []uint16{1}, []diversion{{link: "lo", addrs: parseAddrs("192.0.2.1", "2001:db8::1"), to: 1}}, seclusion{})
 	switch {
 	case err == nil:
 		return true, d.remove()
@@ -78,6 +90,8 @@ const (
 	etherIPv4, etherIPv6 = unix.ETH_P_IP, unix.ETH_P_IPV6
 	ipv4DstOffset        = 16
 	ipv6DstOffset        = 24
+	ipv4SrcOffset        = 12
+	ipv6SrcOffset        = 8
 	icmp6Errors          = 128 // types below it (RFC 4443)
 )
 
@@ -126,6 +140,55 @@ func (d *diverter) compose(ports []uint16, list []diversion) error {
 				&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: f.offset, Len: f.keyType.Bytes, DestRegister: reg0},
 				&expr.Lookup{SourceRegister: reg0, SetName: set.Name},
 				&expr.Verdict{Kind: expr.VerdictGoto, Chain: turn.Name})
+		}
+	}
+	return nil
+}
+
+// seclude adds a chain for every interface.
+func (d *diverter) seclude(apart seclusion) error {
+	for _, f := range []struct {
+		name     string
+		ether    uint16
+		src, dst uint32
+		keyType  nftables.SetDatatype
+		is4      bool
+	}{{"apart4", etherIPv4, ipv4SrcOffset, ipv4DstOffset, nftables.TypeIPAddr, true}, {"apart6", etherIPv6, ipv6SrcOffset, ipv6DstOffset, nftables.TypeIP6Addr, false}} {
+		var keys []nftables.SetElement
+		for _, a := range apart.addrs {
+			if a.Is4() == f.is4 {
+				keys = append(keys, nftables.SetElement{Key: a.AsSlice()})
+			}
+		}
+		if keys == nil {
+			continue
+		}
+		if err := d.conn.AddSet(&nftables.Set{Table: d.table, Name: f.name, KeyType: f.keyType}, keys); err != nil {
+			return err
+		}
+		for i, l := range apart.links {
+			first := nftables.ChainPriority(-1 << 30)
+			accept := nftables.ChainPolicyAccept
+			chain := d.conn.AddChain(&nftables.Chain{
+				Table: d.table, Name: fmt.Sprintf("%s_%d", f.name, i), Type: nftables.ChainTypeFilter,
+				Hooknum: nftables.ChainHookEgress, Priority: &first, Policy: &accept, Device: l.name,
+			})
+			about := func(offset uint32, then ...expr.Any) []expr.Any {
+				return append([]expr.Any{
+					&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: reg0},
+					&expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: binaryutil.BigEndian.PutUint16(f.ether)},
+					&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: f.keyType.Bytes, DestRegister: reg0},
+					&expr.Lookup{SourceRegister: reg0, SetName: f.name},
+				}, then...)
+			}
+			if l.ether { // what has no such header cannot enter ours
+				d.rule(chain, about(f.dst,
+					&expr.Immediate{Register: reg0, Data: binaryutil.NativeEndian.PutUint32(uint32(apart.to))},
+					&expr.Dup{RegAddr: reg0, RegDev: reg0, IsRegDevSet: true},
+					&expr.Verdict{Kind: expr.VerdictDrop})...)
+			}
+			d.rule(chain, about(f.dst, &expr.Verdict{Kind: expr.VerdictDrop})...)
+			d.rule(chain, about(f.src, &expr.Verdict{Kind: expr.VerdictDrop})...)
 		}
 	}
 	return nil

@@ -223,8 +223,9 @@ func (e *entrance) link(in string) Link {
 	return Link{}
 }
 
-// admit makes the answers to the sources of some paths come out, ways telling how.
-func (e *entrance) admit(paths []Path, s *surroundings) error {
+// admit makes the answers to the sources of some paths come out, and whatever goes to
+// some strangers, whom nobody else may be; s tells how.
+func (e *entrance) admit(paths, strangers []Path, s *surroundings) error {
 	var ports []uint16
 	local := map[netip.Addr]netip.Addr{}
 	turned := map[*hostLink][]netip.Addr{}
@@ -242,20 +243,36 @@ func (e *entrance) admit(paths []Path, s *surroundings) error {
 		default:
 			turned[w.divert] = append(turned[w.divert], p.Src)
 			if w.strange {
-				e.strays = append(e.strays, &netlink.Neigh{
-					LinkIndex: w.divert.index, State: netlink.NUD_REACHABLE, IP: p.Src.AsSlice(), HardwareAddr: e.doors[0].link.Src,
-				})
+				e.strays = append(e.strays, e.stray(p.Src, w))
 			}
 		}
 	}
 	out := e.doors[0].index
-	if len(turned) > 0 {
+	apart := seclusion{to: out}
+	for i := range strangers {
+		p := &strangers[i]
+		apart.addrs = append(apart.addrs, p.Src)
+		local[p.Src] = p.Dst
+		switch w := s.back(p.Src); {
+		case w.divert == nil:
+			routed = append(routed, p.Src)
+		case w.strange:
+			e.strays = append(e.strays, e.stray(p.Src, w))
+		}
+	}
+	if len(turned)+len(strangers) > 0 {
 		var list []diversion
 		for l, addrs := range turned {
 			list = append(list, diversion{l.name, addrs, out})
 		}
+		if err := e.host(func() (err error) {
+			apart.links, err = s.present()
+			return err
+		}); err != nil {
+			return err
+		}
 		var err error
-		if e.divert, err = armDiverter(e.host, ports, list); err != nil {
+		if e.divert, err = armDiverter(e.host, ports, list, apart); err != nil {
 			return err
 		}
 	}
@@ -276,6 +293,22 @@ func (e *entrance) admit(paths []Path, s *surroundings) error {
 		}
 		return e.tellStrays()
 	})
+}
+
+// stray is what the host is told of an address on its link that nobody has.
+func (e *entrance) stray(a netip.Addr, w wayBack) *netlink.Neigh {
+	return &netlink.Neigh{LinkIndex: w.divert.index, State: netlink.NUD_REACHABLE, IP: a.AsSlice(), HardwareAddr: e.doors[0].link.Src}
+}
+
+// comesBack reports whether what the host sends from an address of its own to a
+// stranger leaves where it is turned to the outside; it runs in the host.
+func (e *entrance) comesBack(from, stranger netip.Addr, s *surroundings) bool {
+	want := e.doors[0].index
+	if w := s.back(stranger); w.divert != nil {
+		want = w.divert.index
+	}
+	routes, err := netlink.RouteGetWithOptions(stranger.AsSlice(), &netlink.RouteGetOptions{SrcAddr: from.AsSlice()})
+	return err == nil && len(routes) > 0 && routes[0].LinkIndex == want && routes[0].Encap == nil
 }
 
 // routeBack makes the host answer an address by the outside.

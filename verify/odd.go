@@ -41,9 +41,14 @@ type oddConfig struct {
 	// all says that the whole host is asked about: then ICMP and protocols other
 	// than TCP and UDP are probed too.
 	all bool
-	// own says that the host is a throw-away one of ours: what reaches everybody on
-	// a link may be sent to it.
-	own       bool
+	// own says that the host is a throw-away one of ours: there are listeners behind
+	// its ports, and its ruleset may be loaded again.
+	own bool
+	// many says that nobody but the host is on the link: what reaches everybody there
+	// may be sent to it.
+	many      bool
+	witnessed bool  // a witness on the host counts what arrives
+	entire    bool  // no fragments are sent
 	listening Ports // unlisted ports with a listener
 	level     int   // of --thorough
 	budget    int   // packets at most, as far as one port a kind allows it
@@ -60,12 +65,17 @@ type oddProbe struct {
 	proto        rules.Protocol
 	sport, dport uint16
 	number       uint32
+	tag          uint16 // the mark of its packets; 0 of a canary
 	expect       Expectation
 	control      bool // the policy opens it: it shows that the kind gets there
 	listed       bool // the policy names it: a tripwire shows whether it gets in
 	canary       bool
 
 	sent uint64
+	// Of the witness: packets that were booked, what it had counted by then, and
+	// whether all of one sending arrived.
+	booked, counted uint64
+	arrived         bool
 	// Guarded by odd.mu.
 	answer  Answer
 	from    netip.Addr
@@ -99,10 +109,11 @@ type odd struct {
 	ports  []uint16 // fresh source ports, used from the end
 	probes []*oddProbe
 
-	links map[int]*outLink
-	ring  *ring
-	stop  atomic.Bool
-	ended chan error
+	witness *oddWitness // nil: none
+	links   map[int]*outLink
+	ring    *ring
+	stop    atomic.Bool
+	ended   chan error
 
 	mu      sync.Mutex
 	index   map[oddKey][]*oddProbe
@@ -125,16 +136,20 @@ func planOdd(cfg oddConfig) *odd {
 	kinds := slices.DeleteFunc(oddKinds(), func(k oddKind) bool { return !o.wanted(&k) })
 
 	// As many ports a kind as the budget bears.
+	rounds := oddRounds
+	if cfg.witnessed {
+		rounds = 1
+	}
 	each, fixed := 0, 0
 	for i := range kinds {
 		for v := range cfg.views {
 			switch k := &kinds[i]; {
 			case !o.fits(k, v):
 			case k.hasPorts():
-				each += 2 * oddRounds // a fragmented one is two packets
-				fixed += oddRounds
+				each += 2 * rounds // a fragmented one is two packets
+				fixed += rounds
 			default:
-				fixed += oddRounds * max(1, len(k.protos))
+				fixed += rounds * max(1, len(k.protos))
 			}
 		}
 	}
@@ -153,18 +168,48 @@ func planOdd(cfg oddConfig) *odd {
 			}
 		}
 	}
+	o.mark()
 	return o
 }
+
+// mark gives every probe a mark that no other one of its family has, and in an order
+// of its own: a host may still hold fragments of an earlier run.
+func (o *odd) mark() {
+	var free [2][]int
+	for i := range free {
+		free[i] = o.rng.Perm(1<<16 - 1)
+	}
+	o.probes = slices.DeleteFunc(o.probes, func(x *oddProbe) bool {
+		list := &free[0]
+		if x.dst.Is6() {
+			list = &free[1]
+		}
+		if len(*list) == 0 {
+			return true
+		}
+		x.tag, *list = uint16((*list)[0]+1), (*list)[1:]
+		return false
+	})
+}
+
+// sources are the addresses that the probes come from.
+func (o *odd) sources() []netip.Addr {
+	var out []netip.Addr
+	for i := range o.cfg.views {
+		out = append(out, o.cfg.views[i].Path.Src)
+	}
+	return out
+}
+
+func (x *oddProbe) mark() oddMark { return oddMark{x.dst.Is6(), x.tag} }
 
 // wanted reports whether a kind belongs to the run at all.
 func (o *odd) wanted(k *oddKind) bool {
 	switch {
 	case max(k.level, 1) > o.cfg.level:
 		return false
-	case k.place != toHost || k.stage == oddReload:
-		if !o.cfg.own {
-			return false
-		}
+	case k.place != toHost && !o.cfg.many, k.reload && !o.cfg.own, k.pieces && o.cfg.entire:
+		return false
 	}
 	switch k.proto {
 	case rules.TCP:
@@ -181,7 +226,7 @@ func (o *odd) fits(k *oddKind, view int) bool {
 	switch {
 	case !k.only.Has(v.Path.Dst.Is4()):
 		return false
-	case k.plain && v.Sweep, (k.place != toHost || k.stage == oddReload) && !v.Sweep:
+	case k.plain && v.Sweep, (k.place != toHost || k.reload) && !v.Sweep:
 		return false
 	}
 	return true
@@ -220,7 +265,7 @@ func (o *odd) add(k *oddKind, view, n int) {
 	}
 	take := func(x *oddProbe) {
 		open := x.expect.Outcome == rules.OutcomeOpen
-		x.listed = open && o.cfg.own && !x.expect.Limited && k.icmp == 0 && o.names(x.proto, x.dport)
+		x.listed = open && o.cfg.witnessed && !x.expect.Limited && k.icmp == 0 && o.names(x.proto, x.dport)
 		if !x.expect.Either && (!open || x.listed) {
 			o.probes = append(o.probes, x)
 		}
@@ -255,7 +300,7 @@ func (o *odd) add(k *oddKind, view, n int) {
 			}
 		}
 	}
-	if k.quiet || k.flow != rules.NewFlow || k.stage == oddReload {
+	if k.quiet || k.flow != rules.NewFlow || k.reload {
 		return
 	}
 	for _, port := range o.controls(k, v) {
@@ -309,7 +354,7 @@ func (o *odd) sample(k *oddKind) []uint16 {
 	for _, list := range [][]uint16{with, without} {
 		o.rng.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
 	}
-	if k.stage == oddReload {
+	if k.reload {
 		return with // one that hides nothing
 	}
 	var out []uint16
@@ -361,47 +406,6 @@ func (e expecter) decide(p rules.Packet) Expectation {
 		x.Limited = x.Limited || d.Limited
 	}
 	return x
-}
-
-// sourcePorts are those of all probes that a tripwire may see.
-func (o *odd) sourcePorts() []uint16 {
-	var out []uint16
-	for _, x := range o.probes {
-		if x.kind.stage == oddBeside && x.sport != 0 && (x.proto == rules.TCP || x.proto == rules.UDP) {
-			out = append(out, x.sport)
-		}
-	}
-	return union(nil, out)
-}
-
-// sources are those of the probes that are neither TCP nor UDP.
-func (o *odd) sources() []TripwireSource {
-	var out []TripwireSource
-	for _, x := range o.probes {
-		if x.kind.stage == oddBeside && x.proto != rules.TCP && x.proto != rules.UDP {
-			for _, p := range x.passages() {
-				out = append(out, TripwireSource{p.Protocol, p.SrcPort})
-			}
-		}
-	}
-	return out
-}
-
-// passages are how a tripwire may name the probe.
-func (x *oddProbe) passages() []Passage {
-	p := Passage{SrcPort: x.sport, DstPort: x.dport, Protocol: x.proto, IPv6: x.dst.Is6()}
-	if x.kind.icmp != 0 {
-		p.DstPort = uint16(x.kind.icmp) << 8
-		if x.proto == rules.ICMPv6 && x.kind.icmp == icmp6NodeInfo {
-			p.SrcPort = nodeName // conntrack takes the kind of question for the identifier
-		}
-	}
-	switch x.proto {
-	case rules.SCTP, protoDCCP, protoUDPLite:
-		// Conntrack knows the ports of these only where it is built for them.
-		return []Passage{p, {Protocol: x.proto, IPv6: p.IPv6}}
-	}
-	return []Passage{p}
 }
 
 // open makes the sockets, in the network namespace of the calling thread, and
@@ -729,13 +733,13 @@ func (o *odd) lossy() bool {
 	return sent-back > sent/50
 }
 
-// run sends the probes of a stage. Lone fragments get the given time for what a
-// host says when it gives up waiting for the rest.
-func (o *odd) run(ctx context.Context, stage oddStage, reassembly time.Duration) error {
+// run sends the probes, but for those across a reload. Lone fragments get the given
+// time for what a host says when it gives up waiting for the rest.
+func (o *odd) run(ctx context.Context, reassembly time.Duration) error {
 	var lone, list []*oddProbe
 	for _, x := range o.probes {
 		switch {
-		case x.kind.stage != stage:
+		case x.kind.reload:
 		case x.kind.level > 1:
 			lone = append(lone, x)
 		default:
@@ -751,20 +755,37 @@ func (o *odd) run(ctx context.Context, stage oddStage, reassembly time.Duration)
 		return err
 	}
 	began := time.Now()
-	for range oddRounds {
-		for _, x := range lone {
-			if err := o.transmit(ctx, x); err != nil {
-				return err
-			}
+	if err := o.rounds(ctx, lone); err != nil {
+		return err
+	}
+	if err := o.rounds(ctx, list); err != nil {
+		return err
+	}
+	if len(lone) > 0 {
+		if err := o.sleep(ctx, reassembly-time.Since(began)+o.grace()); err != nil {
+			return err
 		}
 	}
+	return o.end(ctx)
+}
+
+// rounds sends some probes, and again what is silent: with a witness until all have
+// arrived, without one as often as the loss of canaries demands.
+func (o *odd) rounds(ctx context.Context, list []*oddProbe) error {
 	count := 0
-	for r := 0; r < oddRounds || r < oddRoundsLossy && o.lossy(); r++ {
+	for r := range oddRoundsLossy {
 		o.rng.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+		again := r < oddRounds || o.lossy()
+		sent := false
 		for _, x := range list {
 			o.mu.Lock()
 			done := x.answers > 0
 			o.mu.Unlock()
+			if o.witness != nil && !x.kind.early {
+				done = done || x.arrived
+			} else {
+				done = done || !again
+			}
 			if done {
 				continue
 			}
@@ -776,17 +797,37 @@ func (o *odd) run(ctx context.Context, stage oddStage, reassembly time.Duration)
 			if err := o.transmit(ctx, x); err != nil {
 				return err
 			}
+			sent = true
+		}
+		if !sent {
+			break
 		}
 		if err := o.sleep(ctx, o.grace()); err != nil {
 			return err
 		}
-	}
-	if len(lone) > 0 {
-		if err := o.sleep(ctx, reassembly-time.Since(began)+o.grace()); err != nil {
+		if err := o.countArrived(list); err != nil {
 			return err
 		}
 	}
-	return o.end(ctx)
+	return nil
+}
+
+// countArrived books what the witness counted of a round.
+func (o *odd) countArrived(list []*oddProbe) error {
+	if o.witness == nil {
+		return nil
+	}
+	counts, err := o.witness.counts(oddArrived)
+	if err != nil {
+		return err
+	}
+	for _, x := range list {
+		sent, got := x.sent-x.booked, counts[x.mark()]-x.counted
+		x.booked, x.counted = x.sent, x.counted+got
+		// Of fragments more than were sent prove nothing: a line that doubles may hide a loss.
+		x.arrived = x.arrived || sent > 0 && got == sent || sent == 1 && got > 0
+	}
+	return nil
 }
 
 // end closes a stage: every path must be alive behind it, and our own ring must
@@ -813,7 +854,7 @@ func (o *odd) end(ctx context.Context) error {
 func (o *odd) across(ctx context.Context, reload func() error) error {
 	var list []*oddProbe
 	for _, x := range o.probes {
-		if x.kind.stage == oddReload {
+		if x.kind.reload {
 			list = append(list, x)
 		}
 	}

@@ -471,13 +471,13 @@ func TestOddProbesOnADeadPath(t *testing.T) {
 			if !last {
 				kill()
 			}
-			if err := o.run(context.Background(), oddBeside, 0); err != nil {
+			if err := o.run(context.Background(), 0); err != nil {
 				t.Fatal(err)
 			}
 			if last {
 				kill()
 			}
-			if err := o.run(context.Background(), oddBare, 0); err != nil {
+			if err := o.run(context.Background(), 0); err != nil {
 				t.Fatal(err)
 			}
 			silent := make([]Answer, 2000)

@@ -148,13 +148,14 @@ func (x *oddProbe) checksum(proto rules.Protocol, l4 []byte, at int) {
 // plain wraps a transport header in an IP header and an Ethernet header.
 func (x *oddProbe) plain(l4 []byte) [][]byte {
 	if x.dst.Is4() {
-		return [][]byte{x.ipv4(nil, 0, 0x4000, l4)}
+		return [][]byte{x.ipv4(nil, 0x4000, l4)}
 	}
 	return [][]byte{x.ipv6(uint8(x.proto), l4)}
 }
 
-// ipv4 writes a packet with options, which are padded, and a field of fragments.
-func (x *oddProbe) ipv4(options []byte, id, fragment uint16, payload []byte) []byte {
+// ipv4 writes a packet with options, which are padded, and a field of fragments. Its
+// identification is the probe's mark, the same in every fragment.
+func (x *oddProbe) ipv4(options []byte, fragment uint16, payload []byte) []byte {
 	for len(options)%4 != 0 {
 		options = append(options, 0)
 	}
@@ -162,7 +163,7 @@ func (x *oddProbe) ipv4(options []byte, id, fragment uint16, payload []byte) []b
 	ip := make([]byte, ihl, ihl+len(payload))
 	ip[0] = 4<<4 | byte(ihl/4)
 	binary.BigEndian.PutUint16(ip[2:], uint16(ihl+len(payload)))
-	binary.BigEndian.PutUint16(ip[4:], id)
+	binary.BigEndian.PutUint16(ip[4:], x.tag)
 	binary.BigEndian.PutUint16(ip[6:], fragment)
 	ip[8], ip[9] = probeTTL, byte(x.proto)
 	copy(ip[12:], x.src.AsSlice())
@@ -172,10 +173,12 @@ func (x *oddProbe) ipv4(options []byte, id, fragment uint16, payload []byte) []b
 	return x.ethernet(unix.ETH_P_IP, append(ip, payload...))
 }
 
-// ipv6 writes a packet whose payload begins with the header that next names.
+// ipv6 writes a packet whose payload begins with the header that next names. Its flow
+// label is the probe's mark.
 func (x *oddProbe) ipv6(next uint8, payload []byte) []byte {
 	ip := make([]byte, ipv6Len, ipv6Len+len(payload))
 	ip[0] = 6 << 4
+	binary.BigEndian.PutUint16(ip[2:], x.tag)
 	binary.BigEndian.PutUint16(ip[4:], uint16(len(payload)))
 	ip[6], ip[7] = next, probeTTL
 	copy(ip[8:], x.src.AsSlice())
@@ -210,14 +213,14 @@ func broadcast4() netip.Addr { return netip.AddrFrom4([4]byte{255, 255, 255, 255
 // fragments cuts a transport packet behind so many bytes. Without last, only the
 // first part is made.
 func (x *oddProbe) fragments(l4 []byte, cut int, last bool) [][]byte {
-	id := rand.Uint32()
 	if x.dst.Is4() {
-		out := [][]byte{x.ipv4(nil, uint16(id), moreFragments, l4[:cut])}
+		out := [][]byte{x.ipv4(nil, moreFragments, l4[:cut])}
 		if last {
-			out = append(out, x.ipv4(nil, uint16(id), uint16(cut/fragmentUnit), l4[cut:]))
+			out = append(out, x.ipv4(nil, uint16(cut/fragmentUnit), l4[cut:]))
 		}
 		return out
 	}
+	id := rand.Uint32()
 	head := func(offset int, more byte) []byte { // RFC 8200 section 4.5
 		h := []byte{byte(x.proto), 0, byte(offset >> 8), byte(offset) | more}
 		return binary.BigEndian.AppendUint32(h, id)
@@ -258,7 +261,7 @@ func (x *oddProbe) behind(l4 []byte, headers ...oddHeader) [][]byte {
 // oddReset ends the connection that a SYN-ACK to the probe began.
 func (x *oddProbe) oddReset(seq uint32) []byte {
 	y := *x
-	y.number = seq
+	y.number, y.tag = seq, 0 // it is no probe
 	y.proto = rules.TCP
 	return y.plain(y.oddTCP(flagRST, nil))[0]
 }

@@ -4,6 +4,7 @@ package verify
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -118,23 +119,35 @@ func oddViews(w *World, rs *rules.Ruleset, outlook *Outlook) ([]View, error) {
 	return out, nil
 }
 
-// rest sends what a tripwire must not stand beside, and probes across reloads.
-func (o *odd) rest(ctx context.Context, w *World, cfg RehearseConfig) error {
+// rehearse sends the odd probes to the throw-away host, and then those across
+// reloads. It gives what the witness counted until then.
+func (o *odd) rehearse(ctx context.Context, w *World, cfg RehearseConfig) (_ *oddProof, err error) {
 	var wait time.Duration
 	if err := w.Host(func() error {
-		wait = shortenReassembly()
+		wait = reassemblyTime(true)
 		return nil
 	}); err != nil {
-		return err
+		return nil, err
 	}
-	if err := o.run(ctx, oddBare, wait); err != nil {
-		return err
+	if o.witness, err = armOddWitness(w.Host, o.sources()); err != nil {
+		return nil, err
+	}
+	if err := o.open(); err != nil {
+		return nil, errors.Join(err, o.witness.remove())
+	}
+	err = o.run(ctx, wait)
+	var proof *oddProof
+	if err == nil {
+		proof, err = o.witness.proof()
+	}
+	if err := errors.Join(err, o.witness.remove()); err != nil {
+		return nil, err
 	}
 	reload := cfg.Reload
 	if reload == nil {
 		reload = cfg.Load
 	}
-	return o.across(ctx, func() error { return w.Host(reload) })
+	return proof, o.across(ctx, func() error { return w.Host(reload) })
 }
 
 // Reassembly times of Linux (IP_FRAG_TIME and IPV6_FRAG_TIMEOUT), and what is
@@ -145,9 +158,10 @@ const (
 	afterwards  = time.Second
 )
 
-// shortenReassembly makes the throw-away host give up on fragments soon, and says
-// when it will have: rules do not see the difference.
-func shortenReassembly() time.Duration {
+// reassemblyTime says after which time the host of the calling thread has given up on
+// fragments. A throw-away host may be made to do so soon: rules do not see the
+// difference.
+func reassemblyTime(shorten bool) time.Duration {
 	const soon = 1
 	wait := time.Duration(0)
 	for path, usual := range map[string]time.Duration{
@@ -157,7 +171,9 @@ func shortenReassembly() time.Duration {
 		if _, err := os.Stat(file); err != nil {
 			continue // the family, or connection tracking of it, is not there
 		}
-		_ = os.WriteFile(file, []byte(strconv.Itoa(soon)), 0o644) // where it is refused, we wait
+		if shorten {
+			_ = os.WriteFile(file, []byte(strconv.Itoa(soon)), 0o644) // where it is refused, we wait
+		}
 		b, err := os.ReadFile(file)
 		if n, bad := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && bad == nil {
 			usual = time.Duration(n) * time.Second
@@ -184,12 +200,7 @@ func lookOdd(ctx context.Context, cfg LookConfig, views []View) (*odd, error) {
 	if slices.ContainsFunc(cfg.Targets, netip.Addr.Is6) {
 		wait = reassembly6
 	}
-	for _, stage := range []oddStage{oddBeside, oddBare} {
-		if err := o.run(ctx, stage, wait+afterwards); err != nil {
-			return nil, err
-		}
-	}
-	return o, nil
+	return o, o.run(ctx, wait+afterwards)
 }
 
 // odd judges the odd probes of a run.
@@ -203,7 +214,7 @@ func (j *judge) odd(o *odd, res *Result) {
 	kinds := map[string]*OddKind{}
 	var order []string
 	known := j.knownHoles()
-	passed, open := map[Passage][]*oddProbe{}, map[Passage]bool{}
+	lost, seen := map[oddLoss]*oddProbe{}, map[string]bool{}
 	for _, x := range o.probes {
 		k := kinds[x.kind.name]
 		if k == nil {
@@ -215,54 +226,28 @@ func (j *judge) odd(o *odd, res *Result) {
 		if to := x.dst.String(); !slices.Contains(r.Addresses, to) {
 			r.Addresses = append(r.Addresses, to)
 		}
-		if x.control || x.listed {
-			for _, key := range x.passages() {
-				open[key] = true
-			}
-		}
+		a := j.oddAnswer(x)
 		switch {
 		case x.control && x.answers > 0:
 			k.Control = "answered"
 		case x.control && k.Control == "none":
 			k.Control = "silent"
-		case x.listed:
-			j.oddListed(o, x)
+			seen[x.kind.name] = x.arrived // so that nothing on the way drops them
 		case x.control, known[hole{x.dst.Is4(), x.proto.String(), x.dport}]:
-		case x.answers > 0:
-			if !x.expect.agrees(x.answer, x.proto) {
-				k.Answered++
-				j.oddFinding([]*oddProbe{x}, x.answer)
-				for _, key := range x.passages() {
-					open[key] = true // what passed was this one, as far as the tripwire can tell
-				}
-			}
-		case j.cfg.HostProof != nil && x.kind.stage == oddBeside:
-			for _, key := range x.passages() {
-				passed[key] = append(passed[key], x)
-			}
-		}
-	}
-	for key, probes := range passed {
-		var a Answer
-		switch {
-		case open[key]: // another one, from the same port: the tripwire cannot tell them apart
-			continue
-		case j.cfg.HostProof.Passed[key]:
-			a = Answer{Closed, PassedFirewall}
-		case j.cfg.HostProof.Gate[key] && !j.cfg.Rules.Policy.Default.IgnorePublished:
-			a = Answer{Filtered, PassedGate}
-		default:
-			continue
-		}
-		j.oddFinding(probes, a)
-		for _, x := range probes {
-			kinds[x.kind.name].Answered++
+		case a.State == Unknown:
+			lost[oddLoss{x.kind.name, x.view}] = x
+		case x.listed:
+			j.oddListed(x, a)
+		case a.Reason == NoResponse: // nor is a refusal that got lost a finding
+		case !x.expect.agrees(a, x.proto):
+			k.Answered++
+			j.oddFinding(x, a)
 		}
 	}
 	var silent []string
 	for _, name := range order {
 		r.Kinds = append(r.Kinds, *kinds[name])
-		if kinds[name].Control == "silent" {
+		if kinds[name].Control == "silent" && !seen[name] {
 			silent = append(silent, name)
 		}
 	}
@@ -273,28 +258,47 @@ func (j *judge) odd(o *odd, res *Result) {
 		j.report.Notes = append(j.report.Notes, fmt.Sprintf("%s to odd probes came from somebody who is not the host", count(o.routers, "ICMP error", "ICMP errors")))
 	}
 	for i := range o.cfg.views {
-		j.oddPath(o, i, res)
+		j.oddPath(o, i, res, lost)
 	}
 }
 
-// oddListed judges a protocol, or a port of SCTP, that the policy opens.
-func (j *judge) oddListed(o *odd, x *oddProbe) {
-	if j.cfg.HostProof == nil {
-		return
+// oddLoss is a kind of which a probe to a view did not come to the host.
+type oddLoss struct {
+	kind string
+	view int
+}
+
+// oddAnswer is what a probe showed, by what came back or else by what the witness
+// counted. It is unknown where there is a witness that did not see it arrive.
+func (j *judge) oddAnswer(x *oddProbe) Answer {
+	if x.answers > 0 {
+		return x.answer
 	}
-	for _, key := range x.passages() {
-		if x.answers > 0 && x.answer.State != Rejected || j.cfg.HostProof.Passed[key] {
-			j.report.listed = append(j.report.listed, x.proto)
-			return
-		}
+	if j.cfg.HostProof == nil || j.cfg.HostProof.odd == nil || x.kind.reload || x.kind.early {
+		return Answer{Filtered, NoResponse}
 	}
-	if o.paths[x.view].alive {
-		j.report.listed = append(j.report.listed, x.proto)
-		a := Answer{Filtered, NoResponse}
-		if x.answers > 0 {
-			a = x.answer
-		}
-		j.oddFinding([]*oddProbe{x}, a)
+	p, m := j.cfg.HostProof.odd, x.mark()
+	passed := p.passed[m]
+	if m.ipv6 && x.kind.pieces && p.whole[m] == p.arrived[m] && passed < x.sent {
+		passed = 0 // not all fragments, and nobody has put them together yet
+	}
+	switch {
+	case passed > 0:
+		return Answer{Closed, PassedFirewall}
+	case p.gate[m] > 0 && !j.cfg.Rules.Policy.Default.IgnorePublished:
+		return Answer{Filtered, PassedGate}
+	case !x.arrived:
+		return Answer{Unknown, PathNotProven}
+	}
+	return Answer{Filtered, NoResponse}
+}
+
+// oddListed judges a protocol, or a port of SCTP, that the policy opens. An answer
+// other than a refusal shows that it is, and so does a passage.
+func (j *judge) oddListed(x *oddProbe, a Answer) {
+	j.report.listed = append(j.report.listed, x.proto)
+	if a.State != Open && a.State != Closed {
+		j.oddFinding(x, a)
 	}
 }
 
@@ -316,48 +320,59 @@ func (j *judge) knownHoles() map[hole]bool {
 	return out
 }
 
-// oddPath tells where the silence of odd probes proves nothing.
-func (j *judge) oddPath(o *odd, view int, res *Result) {
-	if o.paths[view].alive && o.paths[view].unsent == 0 || o.arrived(view, j.cfg.HostProof) {
+// oddPath tells where the silence of odd probes proves nothing: without a witness that
+// of a path which did not live throughout, with one that of what it did not see arrive.
+func (j *judge) oddPath(o *odd, view int, res *Result, lost map[oddLoss]*oddProbe) {
+	v := &o.cfg.views[view]
+	alive := o.paths[view].alive && o.paths[view].unsent == 0
+	probes, arrived, early := 0, false, false
+	for _, x := range o.probes {
+		if x.view == view {
+			probes, arrived, early = probes+1, arrived || x.arrived, early || x.kind.early
+		}
+	}
+	switch {
+	case probes == 0:
+		return
+	case o.witness == nil && alive:
+		return
+	case arrived:
+		if early && !alive {
+			j.report.Notes = append(j.report.Notes, fmt.Sprintf("options that %s refuses ahead of every rule: their silence proves nothing, no canary answered", v.Path.Dst))
+		}
+		j.oddLost(v, view, lost)
 		return
 	}
-	v := &o.cfg.views[view]
 	for i := range j.cfg.Views {
 		if w := &j.cfg.Views[i]; w.Sweep && w.Path.Dst == v.Path.Dst && !res.Paths[i].Alive {
 			j.report.Notes = append(j.report.Notes, fmt.Sprintf("odd probes to %s: their silence proves nothing, no canary answered", v.Path.Dst))
 			return // the sweep says so too, port by port
 		}
 	}
-	j.report.Findings = append(j.report.Findings, Finding{
-		Family: familyOf(v.Path.Dst), Address: v.Path.Dst.String(), Protocol: "any", Probe: "odd probes from " + v.Path.Src.String(),
-		Expected: rules.OutcomeFiltered.String(), Observed: Unknown, Reason: PathNotProven.String(), Interface: v.In, Odd: "odd probes", source: v.Path.Src.String(),
-	})
+	j.oddUnknown(v, "any", "odd probes", Expectation{Outcome: rules.OutcomeFiltered}, PathNotProven.String())
 }
 
-// arrived reports whether a tripwire counted as many packets as were sent to a
-// view, by every source port.
-func (o *odd) arrived(view int, proof *HostProof) bool {
-	if proof == nil {
-		return false
-	}
-	type source struct {
-		proto rules.Protocol
-		port  uint16
-	}
-	sent, mine := map[source]uint64{}, map[source]bool{}
-	for _, x := range o.probes {
-		if x.kind.stage == oddBeside && (x.proto == rules.TCP || x.proto == rules.UDP) {
-			s := source{x.proto, x.sport}
-			sent[s] += x.sent
-			mine[s] = mine[s] || x.view == view
+// oddLost names the kinds of which some probe to a view never arrived, though others did.
+func (j *judge) oddLost(v *View, view int, lost map[oddLoss]*oddProbe) {
+	var kinds []string
+	for l := range lost {
+		if l.view == view {
+			kinds = append(kinds, l.kind)
 		}
 	}
-	for s := range mine {
-		if mine[s] && proof.Arrived[s.proto][s.port] < sent[s] {
-			return false
-		}
+	slices.Sort(kinds)
+	for _, kind := range kinds {
+		x := lost[oddLoss{kind, view}]
+		j.oddUnknown(v, x.proto.String(), kind, x.expect, "not all of them arrived at the host")
 	}
-	return len(mine) > 0
+}
+
+// oddUnknown reports that nothing can be said.
+func (j *judge) oddUnknown(v *View, protocol, kind string, x Expectation, reason string) {
+	j.report.Findings = append(j.report.Findings, Finding{
+		Family: familyOf(v.Path.Dst), Address: v.Path.Dst.String(), Protocol: protocol, Probe: kind + " from " + v.Path.Src.String(),
+		Expected: x.Outcome.String(), Observed: Unknown, Reason: reason, Rule: x.Rule, Interface: v.In, Odd: kind, source: v.Path.Src.String(),
+	})
 }
 
 func familyOf(a netip.Addr) string {
@@ -367,26 +382,12 @@ func familyOf(a netip.Addr) string {
 	return "ipv6"
 }
 
-// oddFinding reports a probe that got through; of several, one of them did and
-// the tripwire cannot tell which.
-func (j *judge) oddFinding(probes []*oddProbe, a Answer) {
-	x := probes[0]
-	var names, to []string
-	for _, p := range probes {
-		if !slices.Contains(names, p.kind.name) {
-			names = append(names, p.kind.name)
-		}
-		if s := p.dst.String(); !slices.Contains(to, s) {
-			to = append(to, s)
-		}
-	}
+// oddFinding reports a probe that is not as the policy says.
+func (j *judge) oddFinding(x *oddProbe, a Answer) {
 	f := Finding{
-		Family: familyOf(x.dst), Address: strings.Join(to, " or "), Protocol: x.proto.String(), Port: x.dport,
-		Odd: strings.Join(names, " or "), Expected: x.expect.Outcome.String(), Observed: a.State, Reason: a.Reason.String(),
+		Family: familyOf(x.dst), Address: x.dst.String(), Protocol: x.proto.String(), Port: x.dport,
+		Odd: x.kind.name, Expected: x.expect.Outcome.String(), Observed: a.State, Reason: a.Reason.String(),
 		Rule: x.expect.Rule, Interface: j.inOf(x), source: x.src.String(),
-	}
-	if slices.ContainsFunc(probes, func(p *oddProbe) bool { return p.dport != x.dport }) {
-		f.Port = 0
 	}
 	f.Probe = f.Odd + " from " + f.source
 	if f.Interface != "" {
@@ -395,7 +396,7 @@ func (j *judge) oddFinding(probes []*oddProbe, a Answer) {
 	if x.answers > 0 && x.from != x.dst {
 		f.Reason += " from " + x.from.String()
 	}
-	if x.kind.stage == oddReload {
+	if x.kind.reload {
 		f.Reason += fmt.Sprintf(", %s in %s", count(x.answers, "answer", "answers"), count(int(x.sent), "probe", "probes"))
 	}
 	j.report.Findings = append(j.report.Findings, f)

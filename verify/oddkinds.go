@@ -12,17 +12,6 @@ import (
 	"deadlight/rules"
 )
 
-// oddStage is when a kind is sent.
-type oddStage uint8
-
-const (
-	oddBeside oddStage = iota // while a tripwire, if any, is armed
-	// oddBare is without one: a tripwire brings connection tracking, which
-	// reassembles fragments for rules that would have seen them one by one.
-	oddBare
-	oddReload // while the ruleset is loaded again
-)
-
 // oddPlace is where a kind goes.
 type oddPlace uint8
 
@@ -45,7 +34,9 @@ type oddKind struct {
 	flow   rules.Flow       // what conntrack makes of it
 	quiet  bool             // an open port may be silent to it, or busy with another kind from the same port
 	plain  bool             // what the sweep sends too, so that it goes elsewhere only
-	stage  oddStage
+	reload bool             // sent while the ruleset is loaded again
+	pieces bool             // sent as fragments
+	early  bool             // the stack refuses it before any rule, or witness, sees it
 	place  oddPlace
 	frames func(x *oddProbe) [][]byte
 }
@@ -103,13 +94,13 @@ func oddKinds() []oddKind {
 	full := func(x *oddProbe) []byte { return x.oddTCP(flagSYN, []byte(data)) }
 	datagram := func(x *oddProbe) []byte { return x.oddUDP(rules.UDP, []byte(data)) }
 	kinds = append(kinds,
-		oddKind{name: "syn cut within its header", proto: rules.TCP, stage: oddBare, quiet: true, frames: fragmented(syn, 8)},
-		oddKind{name: "fragmented syn", proto: rules.TCP, stage: oddBare, frames: fragmented(full, 24)},
-		oddKind{name: "fragmented datagram", proto: rules.UDP, stage: oddBare, frames: fragmented(datagram, 16)},
-		oddKind{name: "lone first fragment", level: 2, proto: rules.TCP, stage: oddBare, quiet: true, frames: func(x *oddProbe) [][]byte {
+		oddKind{name: "syn cut within its header", proto: rules.TCP, pieces: true, quiet: true, frames: fragmented(syn, 8)},
+		oddKind{name: "fragmented syn", proto: rules.TCP, pieces: true, frames: fragmented(full, 24)},
+		oddKind{name: "fragmented datagram", proto: rules.UDP, pieces: true, frames: fragmented(datagram, 16)},
+		oddKind{name: "lone first fragment", level: 2, proto: rules.TCP, pieces: true, quiet: true, frames: func(x *oddProbe) [][]byte {
 			return x.fragments(x.oddTCP(flagSYN, []byte(data)), 24, false)
 		}},
-		oddKind{name: "atomic fragment", only: rules.IPv6, proto: rules.TCP, stage: oddBare, frames: func(x *oddProbe) [][]byte {
+		oddKind{name: "atomic fragment", only: rules.IPv6, proto: rules.TCP, pieces: true, frames: func(x *oddProbe) [][]byte {
 			return x.behind(x.oddTCP(flagSYN, nil), atomic6())
 		}},
 	)
@@ -127,11 +118,11 @@ func oddKinds() []oddKind {
 		{"malformed ip option", true, []byte{7, 40, 4, 0}},
 	} {
 		kinds = append(kinds, oddKind{name: "syn with " + o.name, only: rules.IPv4, proto: rules.TCP, quiet: o.quiet, frames: func(x *oddProbe) [][]byte {
-			return [][]byte{x.ipv4(slices.Clone(o.bytes), 0, 0x4000, x.oddTCP(flagSYN, nil))}
+			return [][]byte{x.ipv4(slices.Clone(o.bytes), 0x4000, x.oddTCP(flagSYN, nil))}
 		}})
 	}
 	kinds = append(kinds, oddKind{name: "datagram with record route", only: rules.IPv4, proto: rules.UDP, frames: func(x *oddProbe) [][]byte {
-		return [][]byte{x.ipv4([]byte{7, 7, 4, 0, 0, 0, 0, 0}, 0, 0x4000, x.oddUDP(rules.UDP, nil))}
+		return [][]byte{x.ipv4([]byte{7, 7, 4, 0, 0, 0, 0, 0}, 0x4000, x.oddUDP(rules.UDP, nil))}
 	}})
 
 	// Extension headers (RFC 8200 section 4).
@@ -150,9 +141,7 @@ func oddKinds() []oddKind {
 		k := oddKind{name: "syn behind " + h.name, only: rules.IPv6, proto: rules.TCP, quiet: h.refused, frames: func(x *oddProbe) [][]byte {
 			return x.behind(x.oddTCP(flagSYN, nil), h.headers...)
 		}}
-		if h.refused && h.headers[0].kind == unix.IPPROTO_HOPOPTS {
-			k.stage = oddBare // it never comes to where a tripwire counts
-		}
+		k.early = h.refused && h.headers[0].kind == unix.IPPROTO_HOPOPTS
 		kinds = append(kinds, k)
 	}
 	kinds = append(kinds, oddKind{name: "datagram behind destination options", only: rules.IPv6, proto: rules.UDP, frames: func(x *oddProbe) [][]byte {
@@ -204,8 +193,8 @@ func oddKinds() []oddKind {
 	return append(kinds,
 		oddKind{name: "syn", proto: rules.TCP, plain: true, frames: tcp(flagSYN)},
 		oddKind{name: "datagram", proto: rules.UDP, plain: true, frames: udp},
-		oddKind{name: "syn across a reload", proto: rules.TCP, stage: oddReload, frames: tcp(flagSYN)},
-		oddKind{name: "datagram across a reload", proto: rules.UDP, stage: oddReload, frames: udp},
+		oddKind{name: "syn across a reload", proto: rules.TCP, reload: true, frames: tcp(flagSYN)},
+		oddKind{name: "datagram across a reload", proto: rules.UDP, reload: true, frames: udp},
 	)
 }
 

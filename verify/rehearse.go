@@ -93,21 +93,7 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 		v.Path.Link = w.Link(v.In)
 		paths[i], sports[i] = v.Path, v.Path.SrcPort
 	}
-	var odd *odd
-	var others []TripwireSource
-	if cfg.Thorough > 0 {
-		views, err := oddViews(w, cfg.Rules, outlook)
-		if err != nil {
-			return nil, fmt.Errorf("list the addresses of the throw-away host: %w", err)
-		}
-		odd = planOdd(oddConfig{
-			rules: cfg.Rules, views: views, swept: sweptPorts(outlook.Views), all: true, own: true,
-			listening: Ports{tcp.unlisted, udp.unlisted}, level: cfg.Thorough, budget: oddBudget(outlook.Views), taken: taken(outlook.Views),
-		})
-		sports = append(sports, odd.sourcePorts()...)
-		others = odd.sources()
-	}
-	trip, err := ArmTripwire(w.Host, sports, others...)
+	trip, err := ArmTripwire(w.Host, sports)
 	if err != nil {
 		return nil, fmt.Errorf("arm the tripwire: %w", err)
 	}
@@ -120,15 +106,6 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("probe the throw-away host: %w", err)
 	}
-	if odd != nil {
-		if err := odd.open(); err != nil {
-			return nil, fmt.Errorf("probe the throw-away host: %w", err)
-		}
-		defer odd.close()
-		if err := odd.run(ctx, oddBeside, 0); err != nil {
-			return nil, fmt.Errorf("probe the throw-away host: %w", err)
-		}
-	}
 	proof, err := trip.proof()
 	if err != nil {
 		return nil, fmt.Errorf("read the tripwire: %w", err)
@@ -136,8 +113,18 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	if err := trip.Remove(); err != nil {
 		return nil, fmt.Errorf("remove the tripwire: %w", err)
 	}
-	if odd != nil {
-		if err := odd.rest(ctx, w, cfg); err != nil {
+	var odd *odd
+	if cfg.Thorough > 0 {
+		views, err := oddViews(w, cfg.Rules, outlook)
+		if err != nil {
+			return nil, fmt.Errorf("list the addresses of the throw-away host: %w", err)
+		}
+		odd = planOdd(oddConfig{
+			rules: cfg.Rules, views: views, swept: sweptPorts(outlook.Views), all: true, own: true, many: true, witnessed: true,
+			listening: Ports{tcp.unlisted, udp.unlisted}, level: cfg.Thorough, budget: oddBudget(outlook.Views), taken: taken(outlook.Views),
+		})
+		defer odd.close()
+		if proof.odd, err = odd.rehearse(ctx, w, cfg); err != nil {
 			return nil, fmt.Errorf("probe the throw-away host: %w", err)
 		}
 	}

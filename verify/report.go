@@ -149,6 +149,8 @@ type HostProof struct {
 	Arrived map[rules.Protocol]map[uint16]uint64 // packets by source port
 	Passed  map[Passage]bool                     // behind the last input and forward chain
 	Gate    map[Passage]bool                     // behind the gate
+
+	odd *oddProof // of the odd probes; nil: they had no witness
 }
 
 // Judge holds what a sweep showed against the policy.

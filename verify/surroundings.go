@@ -24,6 +24,7 @@ type surroundings struct {
 	links   []hostLink
 	local   map[netip.Addr]bool
 	busy    map[netip.Addr]bool // the far ends of its sockets
+	listens Ports               // some program listens there
 	diverts bool                // the kernel can divert answers
 	returns map[netip.Addr]wayBack
 	hops    map[[2]string]bool // by interface and gateway: it is known or answers
@@ -36,6 +37,7 @@ type hostLink struct {
 	ether  bool // with Ethernet header
 	strict bool // the kernel drops IPv4 packets that it would not answer by it
 	addrs  []netip.Prefix
+	onLink []netip.Addr // those of IPv6 that are known on the link only
 	at     *netlink.LinkAttrs
 }
 
@@ -76,6 +78,9 @@ func lookAround() (*surroundings, error) {
 			}
 			addr = addr.Unmap()
 			s.local[addr] = true
+			if addr.Is6() && addr.IsLinkLocalUnicast() {
+				h.onLink = append(h.onLink, addr)
+			}
 			const unready = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_DEPRECATED
 			if a.Flags&unready != 0 || !usable(addr) {
 				continue
@@ -128,10 +133,67 @@ func (s *surroundings) sockets() error {
 				if a, ok := netip.AddrFromSlice(x.ID.Destination); ok {
 					s.busy[a.Unmap()] = true
 				}
+				switch x.State {
+				case tcpListen:
+					s.listens.TCP = append(s.listens.TCP, x.ID.SourcePort)
+				case tcpClose: // of UDP it says that nobody is connected
+					s.listens.UDP = append(s.listens.UDP, x.ID.SourcePort)
+				}
 			}
 		}
 	}
+	s.listens = Ports{union(nil, s.listens.TCP), union(nil, s.listens.UDP)}
 	return nil
+}
+
+// States of sockets (include/net/tcp_states.h).
+const (
+	tcpSynRecv = 3
+	tcpClose   = 7
+	tcpListen  = 10
+)
+
+// present are the interfaces that are still there.
+func (s *surroundings) present() ([]hostLink, error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	var out []hostLink
+	for _, h := range s.links {
+		if slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Attrs().Index == h.index && l.Attrs().Name == h.name }) {
+			out = append(out, h)
+		}
+	}
+	return out, nil
+}
+
+// localAddresses are those of a family to which packets that come in by an interface
+// are the host's own, the first of them first.
+func (s *surroundings) localAddresses(in string, first netip.Addr) []netip.Addr {
+	l := s.link(in)
+	if l == nil {
+		return nil
+	}
+	var out []netip.Addr
+	for a := range s.local {
+		mine := a
+		if a.Is6() && a.IsLinkLocalUnicast() {
+			if !slices.Contains(l.onLink, a) {
+				continue
+			}
+			mine = a.WithZone(in)
+		}
+		if a == first || a.Is4() != first.Is4() || a.IsLoopback() {
+			continue
+		}
+		// An address that the kernel still tests is not its own yet.
+		if _, err := routeTo(mine); errors.Is(err, ErrLocalTarget) {
+			out = append(out, a)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return append([]netip.Addr{first}, out...)
 }
 
 // link gives an interface by its name, nil when there is none that is up.

@@ -28,14 +28,6 @@ type Passage struct {
 	IPv6             bool
 }
 
-// TripwireSource is what tells a probe that is neither TCP nor UDP: its source
-// port, the identifier of an ICMP query, or 0 where the protocol has neither. Of
-// an ICMP query the DstPort of a [Passage] is type and code.
-type TripwireSource struct {
-	Protocol rules.Protocol
-	Port     uint16
-}
-
 // ErrTripwireFull says that more probes passed than the tripwire could note:
 // what it names passed, what it does not name may have.
 var ErrTripwireFull = errors.New("more probes passed than could be noted")
@@ -65,26 +57,29 @@ const (
 
 // ArmTripwire puts the table into a network namespace that in runs in. srcPorts
 // are the source ports of the run, over TCP and over UDP; no honest flow should
-// have them. Probes of other protocols are noted where others names them, but not
-// counted as they arrive. EEXIST in the error chain says that another
-// verification runs.
-func ArmTripwire(in Runner, srcPorts []uint16, others ...TripwireSource) (*Tripwire, error) {
-	return armTripwire(in, srcPorts, others, uint32(min(passagesMost, passagesEach*len(srcPorts))))
+// have them. EEXIST in the error chain says that another verification runs.
+func ArmTripwire(in Runner, srcPorts []uint16) (*Tripwire, error) {
+	return armTripwire(in, srcPorts, uint32(min(passagesMost, passagesEach*len(srcPorts))))
 }
 
 // ArmTripwireFor is [ArmTripwire] where others send too: only what comes from one of
 // some addresses is noted.
 func ArmTripwireFor(in Runner, srcPorts []uint16, from []netip.Addr) (*Tripwire, error) {
-	return armTripwire(in, srcPorts, nil, uint32(min(passagesMost, passagesEach*len(srcPorts))), from...)
+	return armTripwire(in, srcPorts, uint32(min(passagesMost, passagesEach*len(srcPorts))), from...)
 }
 
-func armTripwire(in Runner, srcPorts []uint16, others []TripwireSource, size uint32, from ...netip.Addr) (*Tripwire, error) {
+func armTripwire(in Runner, srcPorts []uint16, size uint32, from ...netip.Addr) (*Tripwire, error) {
 	ports := slices.Clone(srcPorts)
 	slices.Sort(ports)
 	ports = slices.Compact(ports)
 	if len(ports) == 0 || ports[0] == 0 {
 		return nil, errors.New("arm tripwire: no source ports, or port 0 among them")
 	}
+	return armTable(in, func(t *Tripwire) error { return t.compose(ports, size, from) })
+}
+
+// armTable makes our table, which compose queues.
+func armTable(in Runner, compose func(*Tripwire) error) (*Tripwire, error) {
 	t := &Tripwire{table: &nftables.Table{
 		Name:   tripwireTable,
 		Family: nftables.TableFamilyINet,
@@ -110,7 +105,8 @@ func armTripwire(in Runner, srcPorts []uint16, others []TripwireSource, size uin
 		if _, err := t.conn.ListTableOfFamily(tripwireTable, nftables.TableFamilyINet); err == nil {
 			return unix.EEXIST
 		}
-		if err := t.compose(ports, others, size, from); err != nil {
+		t.conn.CreateTable(t.table) // refuses one that is there
+		if err := compose(t); err != nil {
 			return err
 		}
 		return t.conn.Flush()
@@ -176,9 +172,8 @@ const (
 	reg2 = unix.NFT_REG32_02
 )
 
-// compose queues the table, as one transaction.
-func (t *Tripwire) compose(ports []uint16, others []TripwireSource, size uint32, from []netip.Addr) error {
-	t.conn.CreateTable(t.table) // refuses one that is there
+// compose queues what notes the probes of sweeps, as one transaction.
+func (t *Tripwire) compose(ports []uint16, size uint32, from []netip.Addr) error {
 	if err := t.sendersOf(from); err != nil {
 		return err
 	}
@@ -191,22 +186,16 @@ func (t *Tripwire) compose(ports []uint16, others []TripwireSource, size uint32,
 	if err != nil {
 		return err
 	}
-	var one, both []nftables.SetElement
+	var one, both, protocols []nftables.SetElement
 	for _, p := range ports {
 		one = append(one, nftables.SetElement{Key: binaryutil.BigEndian.PutUint16(p)})
-		others = append(others, TripwireSource{rules.TCP, p}, TripwireSource{rules.UDP, p})
 	}
-	protocols := []nftables.SetElement{}
-	seen := map[TripwireSource]bool{}
-	for _, o := range others {
-		if !seen[o] {
-			key := append([]byte{byte(o.Protocol), 0, 0, 0}, binaryutil.BigEndian.PutUint16(o.Port)...)
+	for _, protocol := range []rules.Protocol{rules.TCP, rules.UDP} {
+		protocols = append(protocols, nftables.SetElement{Key: []byte{byte(protocol)}})
+		for _, p := range ports {
+			key := append([]byte{byte(protocol), 0, 0, 0}, binaryutil.BigEndian.PutUint16(p)...)
 			both = append(both, nftables.SetElement{Key: append(key, 0, 0)}) // each component padded to four bytes
 		}
-		if !slices.ContainsFunc(protocols, func(e nftables.SetElement) bool { return e.Key[0] == byte(o.Protocol) }) {
-			protocols = append(protocols, nftables.SetElement{Key: []byte{byte(o.Protocol)}})
-		}
-		seen[o] = true
 	}
 	for _, s := range []struct {
 		set      nftables.Set

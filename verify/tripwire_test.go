@@ -161,7 +161,7 @@ table inet odd {
 
 func TestTripwireReportsOverflow(t *testing.T) {
 	w := newTestWorld(t, "eth0")
-	trip, err := armTripwire(w.Host, []uint16{20001}, nil, 16)
+	trip, err := armTripwire(w.Host, []uint16{20001}, 16)
 	if err != nil {
 		t.Fatal(err)
 	}

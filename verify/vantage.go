@@ -21,7 +21,12 @@ type HostConfig struct {
 	MaxRate  int      // packets per second, 0 for none
 	// PacketsOnly leaves out the host proof: no tripwire.
 	PacketsOnly bool
-	Progress    func(sent, total uint64)
+	// Thorough scales the adversarial probes: 0 for none, 1 for all that are quick,
+	// 2 for the slow ones too.
+	Thorough int
+	Progress func(sent, total uint64)
+
+	all bool // ICMP and other protocols are probed, whatever Ports are
 }
 
 var (
@@ -34,7 +39,8 @@ var (
 
 // LookAtHost probes the host that this process runs on, from a throw-away network
 // namespace: its packets arrive by the host's real interfaces, so that rules for
-// interfaces are judged too. A tripwire on the host records what passed.
+// interfaces are judged too. A tripwire on the host records what passed. What the
+// probes set off is turned back before it comes to a wire.
 //
 // Afterwards the host is as before, but for what any packet leaves behind: counters,
 // meters and flows that conntrack saw. What a killed run leaves the kernel removes,
@@ -50,13 +56,16 @@ func LookAtHost(ctx context.Context, cfg HostConfig) (_ *Report, err error) {
 	}
 	var o *Outlook
 	var s *surroundings
-	var left []string
+	var oddViews []View
+	var left, oddLeft []string
 	if err := cfg.Host(func() error {
 		if s, err = lookAround(); err != nil {
 			return err
 		}
 		s.diverts = diverts
-		o, left, err = hostOutlook(cfg, s)
+		if o, left, err = hostOutlook(cfg, s); err == nil && cfg.Thorough > 0 {
+			oddViews, oddLeft, err = oddHostViews(cfg, s, o)
+		}
 		return err
 	}); err != nil {
 		return nil, err
@@ -84,9 +93,19 @@ func LookAtHost(ctx context.Context, cfg HostConfig) (_ *Report, err error) {
 		}
 		paths[i], sports[i], sources[i] = v.Path, v.Path.SrcPort, v.Path.Src
 	}
-	if err := e.admit(paths, s); err != nil {
+	strangers := strangersOf(oddViews)
+	if err := e.admit(paths, strangers, s); err != nil {
 		return nil, fmt.Errorf("have the answers of this host: %w", err)
 	}
+	defer func() {
+		err = errors.Join(err, cfg.Host(func() error {
+			return hangUp(func(a netip.Addr, port uint16) bool {
+				canary := port >= canaryPortLow && port <= canaryPortHigh
+				return slices.ContainsFunc(strangers, func(p Path) bool { return p.Src == a }) ||
+					slices.ContainsFunc(paths, func(p Path) bool { return p.Src == a && (canary || p.SrcPort == port) })
+			})
+		}))
+	}()
 	var trip *Tripwire
 	if !cfg.PacketsOnly {
 		if trip, err = ArmTripwireFor(cfg.Host, sports, sources); err != nil {
@@ -110,8 +129,26 @@ func LookAtHost(ctx context.Context, cfg HostConfig) (_ *Report, err error) {
 		if proof, err = trip.proof(); err != nil {
 			return nil, fmt.Errorf("read the tripwire: %w", err)
 		}
+		if err := trip.Remove(); err != nil {
+			return nil, err
+		}
 	}
-	return hostReport(cfg, s, o, left, res, proof), nil
+	oddViews, crooked, err := e.keepStraight(oddViews, s)
+	if err != nil {
+		return nil, err
+	}
+	oddLeft = append(oddLeft, crooked...)
+	var odd *odd
+	if len(oddViews) > 0 {
+		var counted *oddProof
+		if odd, counted, err = sendOdd(ctx, cfg, e, s, o, oddViews); err != nil {
+			return nil, fmt.Errorf("probe this host: %w", err)
+		}
+		if proof != nil {
+			proof.odd = counted
+		}
+	}
+	return hostReport(cfg, s, o, left, res, proof, odd, oddHostNote(cfg, odd, oddLeft)), nil
 }
 
 // hostOutlook chooses from where to look at a host as it was found. What cannot be
@@ -216,7 +253,7 @@ func (s *surroundings) whyNot(in string, stranger netip.Addr) string {
 }
 
 // hostReport holds what was seen against the policy, and says what was not.
-func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res *Result, proof *HostProof) *Report {
+func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res *Result, proof *HostProof, odd *odd, note string) *Report {
 	var targets, vantages []string
 	for i := range o.Views {
 		if v := &o.Views[i]; v.Sweep {
@@ -226,7 +263,7 @@ func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res 
 	}
 	r := Judge(JudgeConfig{
 		Target: "this host, " + strings.Join(targets, ", "), Vantage: "netns: " + strings.Join(vantages, ", "),
-		Rules: cfg.Rules, Views: o.Views, HostProof: proof, unasked: o.unasked,
+		Rules: cfg.Rules, Views: o.Views, HostProof: proof, odd: odd, unasked: o.unasked,
 	}, res)
 	for _, x := range left {
 		r.Notes = append(r.Notes, "not probed: "+x)
@@ -234,7 +271,7 @@ func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res 
 	if len(left) > 0 && r.Verdict == Pass {
 		r.Verdict = Inconclusive
 	}
-	r.Notes = append(r.Notes, "adversarial probes are not sent from this vantage: deadlight try sends them to a host like this one, verify --target from another machine")
+	r.Notes = append(r.Notes, note)
 	if cfg.Rules.Policy.Default.Observe {
 		r.Notes = append(r.Notes, "enforce = false: nothing is dropped, every port is reachable")
 	}
@@ -249,7 +286,7 @@ func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res 
 	if len(absent) > 0 {
 		r.Notes = append(r.Notes, "not probed: what comes in by "+strings.Join(absent, ", ")+": no such interface is up with a carrier and an address")
 	}
-	if other := otherProtocols(cfg.Rules.Policy, nil); other != "" {
+	if other := otherProtocols(cfg.Rules.Policy, r.listed); other != "" {
 		r.Notes = append(r.Notes, "not probed: "+other)
 	}
 	var mains, others []string

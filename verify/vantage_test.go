@@ -387,7 +387,7 @@ func TestVantageTunnel(t *testing.T) {
 			t.Fatal(err)
 		}
 		few := append(allPorts()[:100], 8999, 9000, 9001)
-		r := lookAt(t, w, HostConfig{Rules: rs, Ports: Ports{few, few}})
+		r := lookAt(t, w, HostConfig{Rules: rs, Thorough: 1, Ports: Ports{few, few}})
 		seen4 := slices.ContainsFunc(r.Restrictions, func(x Restriction) bool {
 			return x.Interface == "tun0" && x.Rule == "inner" && x.Open == "9000/tcp" && netip.MustParseAddr(x.From).Is4()
 		})

@@ -85,9 +85,9 @@ or a reboot the same command goes on where it was. It refuses if the hosts, a
 policy or a flag that matters are others than before. When the report is printed,
 FILE is removed: the next run looks at every host again.
 
-Behind the sweep of a --target follow adversarial probes (other flags, source
-ports, fragments, options, protocols); --thorough says how many. Those other than
-of TCP and UDP need --ports all.
+Behind the sweep follow adversarial probes (other flags, source ports, fragments,
+options, protocols); --thorough says how many. Those other than of TCP and UDP need
+--ports all.
 
 Each [[expect]] of the policy is sent from the address that it names, where that can
 be had: of this host strangers' addresses can, of a --target this machine's own. The
@@ -181,7 +181,7 @@ func (f *verifyFlags) severally() error {
 // or from afar, which is another machine, or this one at a --target.
 func (f *verifyFlags) ofTheOther(afar bool) error {
 	if !afar {
-		for _, name := range []string{"connect", thoroughFlag, "ssh-config"} {
+		for _, name := range []string{"connect", "ssh-config"} {
 			if f.changed(name) {
 				return usageError("deadlight verify --target ADDR, on another machine", "--%s is of a --target, and this is the host itself", name)
 			}

@@ -24,6 +24,7 @@ type hostCheck struct {
 	in          string
 	maxRate     int
 	packetsOnly bool
+	thorough    int
 }
 
 // verifyHere is verify without --target.
@@ -61,7 +62,7 @@ func verifyHere(ctx context.Context, e env, file string, f verifyFlags) error {
 			return codeOf(report.Verdict)
 		}
 	} else {
-		report, err = verifyHost(ctx, e, withThose(e, f.state, rs), hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets"})
+		report, err = verifyHost(ctx, e, withThose(e, f.state, rs), hostCheck{ports, canaries, f.In, f.MaxRate, f.proof == "packets", thoroughOf(rs, f.Thorough)})
 	}
 	if err != nil {
 		return err
@@ -84,7 +85,7 @@ func isAfar(vantage string) bool { return strings.HasPrefix(vantage, "ssh://") }
 func verifyHost(ctx context.Context, e env, rs *rules.Ruleset, c hostCheck) (*verify.Report, error) {
 	line := newProgress(e)
 	report, err := verify.LookAtHost(ctx, verify.HostConfig{
-		Rules: rs, Ports: c.ports, Canaries: c.canaries, In: c.in, MaxRate: c.maxRate, PacketsOnly: c.packetsOnly,
+		Rules: rs, Ports: c.ports, Canaries: c.canaries, In: c.in, MaxRate: c.maxRate, PacketsOnly: c.packetsOnly, Thorough: c.thorough,
 		Progress: func(sent, total uint64) { line.update("probing this host", sent, total) },
 	})
 	line.done()
