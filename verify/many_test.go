@@ -32,7 +32,7 @@ func briefs(list ...*Brief) Briefs {
 func someHosts() []*Brief {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	bad := shown()
-	bad.Findings = bad.Findings[:3]
+	bad.Findings, bad.Findings[0].Expect = bad.Findings[:3], ""
 	silent := &Report{Schema: 1, Verdict: Inconclusive, Target: "192.0.2.2", Bound: 1, Notes: []string{"unproved", "not probed: 192.0.2.2 on eth0: next hop does not answer"}}
 	good := &Report{Schema: 1, Target: "192.0.2.3, 2001:db8::3", Bound: 1e-8, Seconds: 2, Probes: 100, States: map[string]States{"tcp4": {Open: "80", Filtered: "1-79"}}}
 	return []*Brief{bad.Brief("web<b>", "po\x1blicy.toml", at), silent.Brief("192.0.2.2", "other.toml", at), good.Brief("192.0.2.3", "other.toml", at)}

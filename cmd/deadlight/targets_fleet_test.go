@@ -199,10 +199,11 @@ func (f *fleet) run(wantCode int, journal string, stop int, sig syscall.Signal, 
 		f.t.Fatal(err)
 	}
 	if stop > 0 {
-		await(f.t, "hosts in the journal", func() bool {
-			b, _ := os.ReadFile(journal) // not there yet
-			return bytes.Count(b, []byte("\n")) >= stop
-		})
+		for began := time.Now(); time.Since(began) < 5*time.Minute; time.Sleep(10 * time.Millisecond) {
+			if b, _ := os.ReadFile(journal); bytes.Count(b, []byte("\n")) >= stop { // or not there yet
+				break
+			}
+		}
 		if err := c.Process.Signal(sig); err != nil {
 			f.t.Fatal(err)
 		}
@@ -248,8 +249,10 @@ func TestVerifyThousand(t *testing.T) {
 	began := time.Now()
 	whole, _, errs := f.run(exitFindings, "", 0, 0, "--targets", targets, "--json")
 	t.Logf("%d hosts: %v", fleetHosts, time.Since(began))
-	if errs != "" {
-		t.Errorf("stderr: %s", errs)
+	for line := range strings.Lines(errs) { // a slow machine is told how far it is
+		if !strings.HasPrefix(line, "deadlight: probing: ") {
+			t.Errorf("stderr: %s", line)
+		}
 	}
 	if err := conforms(compileSchema(t, "verify-targets"), "verify-targets", whole); err != nil {
 		t.Fatal(err)
