@@ -62,7 +62,7 @@ func Compile(p *Policy) *Ruleset {
 		chains = append(chains, c.egress(leaving))
 	}
 	chains = append(chains, c.containerRoute()...)
-	chains = append(chains, c.knocked())
+	chains = append(chains, c.knocked()...)
 	chains = append(chains, c.essentials()...)
 	chains = append(chains, c.chains...)
 	if p.Default.Observe {
@@ -170,7 +170,7 @@ func (c *compiler) gate(blocked, opened []Rule) Chain {
 		r = append(r, c.leave()...)
 	}
 	r = append(r, opened[trusted:]...)
-	r = append(r, c.knocks())
+	r = append(r, c.knocks()...)
 	r = append(r, c.refuse("c_dropped", "c_rejected", c.policy.Default.Input)...)
 	return Chain{Name: chainGate, Base: &Base{Hook: Prerouting, Priority: gatePriority}, Rules: r}
 }
@@ -361,7 +361,7 @@ func (c *compiler) backstopInput() Chain {
 			t := c.open.traffic[i]
 			r = append(r, line("open "+t.Name, jump(c.open.chain(t))))
 		}
-		r = append(r, c.knocks())
+		r = append(r, c.knocks()...)
 		r = append(r, c.refuse("c_dropped", "c_rejected", c.policy.Default.Input)...)
 		return Chain{Name: chainBackstopIn, Base: &Base{Hook: Input, Priority: backstopPriority}, Rules: r}
 	}

@@ -48,13 +48,19 @@ func (p *Policy) KnockMemory() time.Duration {
 	return knocksLast
 }
 
-// knocks is the rule that has a packet counted, on its way to being refused.
-func (c *compiler) knocks() Rule {
-	return line("count by port and source", MatchSet{Field: MetaL4proto, Set: c.ported()}, jump(chainKnocked))
+// knocks has a packet counted that is about to be refused.
+func (c *compiler) knocks() []Rule {
+	if !c.policy.Log.Knocks {
+		return nil
+	}
+	return []Rule{line("count by port and source", MatchSet{Field: MetaL4proto, Set: c.ported()}, jump(chainKnocked))}
 }
 
 // knocked is the chain that counts.
-func (c *compiler) knocked() Chain {
+func (c *compiler) knocked() []Chain {
+	if !c.policy.Log.Knocks {
+		return nil
+	}
 	ch := Chain{Name: chainKnocked}
 	for _, k := range KnockSets() {
 		s := Set{Name: k.Name, Type: TypeKnock, Meter: true, Most: k.Size, MeterTimeout: c.policy.KnockMemory()}
@@ -68,7 +74,7 @@ func (c *compiler) knocked() Chain {
 		c.sets = append(c.sets, s)
 		ch.Rules = append(ch.Rules, line("count by port and source", Tally{s.Name, key}))
 	}
-	return ch
+	return []Chain{ch}
 }
 
 // ported makes the set of protocols with ports on first use.
