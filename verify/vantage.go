@@ -235,9 +235,6 @@ func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res 
 		r.Verdict = Inconclusive
 	}
 	r.Notes = append(r.Notes, "adversarial probes are not sent from this vantage: deadlight try sends them to a host like this one, verify --target from another machine")
-	if cfg.Rules.Policy.Default.Observe {
-		r.Notes = append(r.Notes, "enforce = false: nothing is dropped, every port is reachable")
-	}
 	var absent []string
 	for _, t := range allTraffic(cfg.Rules.Policy) {
 		for _, p := range t.Interfaces {
