@@ -67,12 +67,14 @@ stopped though listed, 2 policy error, 3 could not tell, as without root.`,
 
 // auditJSON is the object of `audit --json`; the text is made from it.
 type auditJSON struct {
-	Schema   int           `json:"schema"`
-	Policy   string        `json:"policy"`
-	Kernel   bool          `json:"kernel"` // the running rules could be asked
-	Sockets  []socketJSON  `json:"sockets"`
-	Findings []findingJSON `json:"findings"`
-	Notes    []string      `json:"notes"`
+	Schema int    `json:"schema"`
+	Policy string `json:"policy"`
+	Kernel bool   `json:"kernel"` // the running rules could be asked
+	// Unenforced says that the policy has enforce = false: it would drop nothing.
+	Unenforced bool          `json:"unenforced,omitempty"`
+	Sockets    []socketJSON  `json:"sockets"`
+	Findings   []findingJSON `json:"findings"`
+	Notes      []string      `json:"notes"`
 }
 
 // socketJSON is a socket, or a port that has none: one that is published, or
@@ -91,6 +93,9 @@ type socketJSON struct {
 	Verdict   string `json:"verdict"`
 	Rule      string `json:"rule"` // the first opening that admits anybody
 	Text      string `json:"text"` // the verdict for people
+	// Knocked counts the packets to this port that no rule admitted, as far as they
+	// are not forgotten.
+	Knocked uint64 `json:"knocked,omitempty"`
 
 	listener listener
 }
@@ -149,6 +154,16 @@ func auditHere(policy string, rs *rules.Ruleset) (_ *auditJSON, err error) {
 		return nil, err
 	}
 	out.Policy = policy
+	if out.Unenforced = rs.Policy.Default.Observe; out.Unenforced {
+		out.Notes = append(out.Notes, "NOTHING IS ENFORCED: the policy has enforce = false, and what it would drop gets through: deadlight status lists who knocked")
+	}
+	if out.Kernel {
+		k, err := conn.Knocks(rules.TableName)
+		if err != nil {
+			return nil, err
+		}
+		out.knocked(k)
+	}
 	for i := range out.Sockets {
 		s := &out.Sockets[i]
 		if s.Address != "" {
@@ -156,6 +171,23 @@ func auditHere(policy string, rs *rules.Ruleset) (_ *auditJSON, err error) {
 		}
 	}
 	return out, nil
+}
+
+// knocked fills in how often each socket was knocked at in vain, or would have been
+// if the policy were enforced.
+func (a *auditJSON) knocked(k *firewall.Knocks) {
+	for i := range a.Sockets {
+		s := &a.Sockets[i]
+		if s.Address == "" || s.Verdict == auditLoopback {
+			continue
+		}
+		for _, p := range k.Ports {
+			if p.Protocol == s.listener.Protocol && p.Port == s.Port {
+				s.Knocked = p.Packets
+				s.Text += "; " + plural(int(p.Packets), "packet") + " came that no rule admits"
+			}
+		}
+	}
 }
 
 // auditor holds sockets against a policy and the running rules.
