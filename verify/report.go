@@ -54,6 +54,7 @@ type Report struct {
 	views int  // of restricted rules
 
 	listed []rules.Protocol // other than TCP and UDP, that were judged
+	swept  []Swept
 }
 
 // Listening counts the listeners of a throw-away host.
@@ -170,7 +171,9 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 				r.Notes = append(r.Notes, note)
 			}
 		}
-		if !cfg.Views[i].Sweep {
+		if v := &cfg.Views[i]; v.Sweep {
+			r.swept = append(r.swept, Swept{v.In, v.Path.Src, v.Path.Dst})
+		} else {
 			r.views++
 		}
 	}

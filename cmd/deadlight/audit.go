@@ -14,10 +14,11 @@ import (
 
 	"deadlight/firewall"
 	"deadlight/rules"
+	"deadlight/verify"
 )
 
 func newAuditCommand(e env) *cobra.Command {
-	var asJSON bool
+	var asJSON, probe bool
 	c := &cobra.Command{
 		Use:     "audit [POLICY]",
 		GroupID: groupWatch,
@@ -37,13 +38,18 @@ The rules are asked what they do to a stranger, and to those whom an opening
 names, by each interface. Not seen: other protocols than TCP and UDP, and what
 tables of legacy iptables, tc or XDP programs do (deadlight status lists them).
 
+With --verify the ports of the list are probed from outside, as deadlight verify
+does, and what the probes found stands beside each socket. A port that they found otherwise than
+the policy says is a finding, also where the rules give no reason for it.
+
 Exit codes: 0 as the policy says, 1 something is reachable though not listed, or
 stopped though listed, 2 policy error, 3 could not tell, as without root.`,
-		Example: "  sudo deadlight audit\n  sudo deadlight audit ./policy.toml\n  sudo deadlight audit --json | jq '.findings[]'",
+		Example: "  sudo deadlight audit\n  sudo deadlight audit ./policy.toml\n  sudo deadlight audit --verify\n  sudo deadlight audit --json | jq '.findings[]'",
 		Args:    atMostPolicy,
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")
-	c.RunE = func(_ *cobra.Command, args []string) error {
+	c.Flags().BoolVar(&probe, "verify", false, "probe this host from outside, and say what was seen beside each socket")
+	c.RunE = func(c *cobra.Command, args []string) error {
 		rs, err := readPolicy(e, policyArg(args), "nothing audited")
 		if err != nil {
 			return err
@@ -51,6 +57,11 @@ stopped though listed, 2 policy error, 3 could not tell, as without root.`,
 		a, err := auditHere(policyArg(args), rs)
 		if err != nil {
 			return kernelError(err, "deadlight audit "+policyArg(args))
+		}
+		if probe {
+			if err := a.verify(c.Context(), e, rs); err != nil {
+				return err
+			}
 		}
 		if asJSON {
 			err = writeJSON(e.stdout, a)
@@ -75,6 +86,7 @@ type auditJSON struct {
 	Sockets    []socketJSON  `json:"sockets"`
 	Findings   []findingJSON `json:"findings"`
 	Notes      []string      `json:"notes"`
+	Probe      *probeJSON    `json:"probe,omitempty"` // of --verify
 }
 
 // socketJSON is a socket, or a port that has none: one that is published, or
@@ -96,13 +108,15 @@ type socketJSON struct {
 	// Knocked counts the packets to this port that no rule admitted, as far as they
 	// are not forgotten.
 	Knocked uint64 `json:"knocked,omitempty"`
+	// Seen is what probes from outside showed of it, with --verify.
+	Seen []seenJSON `json:"seen,omitempty"`
 
 	listener listener
 }
 
 // findingJSON is what is not as the policy says.
 type findingJSON struct {
-	Kind     string `json:"kind"` // unlisted or stopped
+	Kind     string `json:"kind"` // unlisted, stopped, or probed: only a probe shows it
 	Protocol string `json:"protocol"`
 	Address  string `json:"address"`
 	Port     string `json:"port"`
@@ -123,6 +137,8 @@ const (
 	auditStopped     = "stopped"     // the policy opens it, and the kernel stops it
 	auditUnheard     = "unheard"     // the policy opens it, and nobody listens
 	auditUnknown     = "unknown"     // cannot be told
+
+	auditProbed = "probed" // a finding: a probe found it otherwise than the policy says
 )
 
 // auditHere audits the network namespace of the calling thread.
@@ -568,12 +584,7 @@ func (a *auditor) unheard(sockets []socketJSON) []socketJSON {
 	}
 	heard, local := map[key]bool{}, map[key]bool{}
 	for _, s := range sockets {
-		first, last := int(s.Port), int(s.Port)
-		if _, hi, ok := strings.Cut(s.Ports, "-"); ok {
-			if _, err := fmt.Sscan(hi, &last); err != nil {
-				last = first
-			}
-		}
+		first, last := s.run()
 		for n := first; n <= last; n++ {
 			if s.Verdict == auditLoopback {
 				local[key{s.listener.Protocol, n}] = true
@@ -645,7 +656,7 @@ func (a *auditJSON) code() int {
 	switch {
 	case len(a.Findings) > 0:
 		return exitFindings
-	case !a.Kernel || slices.ContainsFunc(a.Sockets, func(s socketJSON) bool { return s.Verdict == auditUnknown }):
+	case !a.Kernel || a.Probe != nil && a.Probe.Verdict != verify.Pass || slices.ContainsFunc(a.Sockets, func(s socketJSON) bool { return s.Verdict == auditUnknown }):
 		return exitRefused
 	}
 	return exitOK
