@@ -39,8 +39,8 @@ names, by each interface. Not seen: other protocols than TCP and UDP, and what
 tables of legacy iptables, tc or XDP programs do (deadlight status lists them).
 
 With --verify the ports of the list are probed from outside, as deadlight verify
-does, and what the probes found stands beside each socket. A port that they found otherwise than
-the policy says is a finding, also where the rules give no reason for it.
+does, and what the probes found stands beside each socket. A port that they found
+otherwise than the policy says is a finding, also where the rules give no reason.
 
 Exit codes: 0 as the policy says, 1 something is reachable though not listed, or
 stopped though listed, 2 policy error, 3 could not tell, as without root.`,
