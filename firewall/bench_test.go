@@ -150,6 +150,11 @@ func BenchmarkPacket(b *testing.B) {
 	}
 	add("empty", text(dropOnly))
 	add("two-rules", text(twoRules))
+	add("deadlight-without-knocks", func(_ *verify.World, c *Conn) {
+		if _, err := c.Apply(ruleset(b, "[log]\nknocks = false\n[open.ssh]\nports = 22\n"+withSource(5000))); err != nil {
+			b.Fatal(err)
+		}
+	})
 	add("deadlight", func(_ *verify.World, c *Conn) {
 		if _, err := c.Apply(ruleset(b, "[open.ssh]\nports = 22\n"+withSource(5000))); err != nil {
 			b.Fatal(err)

@@ -37,6 +37,7 @@ const (
 	dynsetShape
 	lookupShape
 	logShape
+	counterShape
 )
 
 // Newer than golang.org/x/sys knows them (uapi/linux/netfilter/nf_tables.h).
@@ -81,6 +82,8 @@ func (s shape) skips(t uint16) bool {
 		}
 	case elementShape:
 		return t == unix.NFTA_SET_ELEM_TIMEOUT || t == unix.NFTA_SET_ELEM_EXPIRATION
+	case counterShape:
+		return t == unix.NFTA_COUNTER_BYTES || t == unix.NFTA_COUNTER_PACKETS
 	}
 	return false
 }
@@ -126,13 +129,15 @@ func dataOf(expression string) shape {
 		return lookupShape
 	case "log":
 		return logShape
+	case "counter":
+		return counterShape
 	}
 	return flatShape
 }
 
-// canonical appends the canonical form of attributes of a shape. Counts of inline
-// counters, quotas and the like stand in the data of an expression; Deadlight
-// writes none, so any is a difference.
+// canonical appends the canonical form of attributes of a shape. What a quota and
+// the like have used stands in the data of an expression; Deadlight writes none, so
+// any is a difference.
 func canonical(dst, b []byte, sh shape) []byte {
 	type item struct {
 		typ   uint16

@@ -39,6 +39,7 @@ func effects() []effect {
 		{"forward", []string{"default.forward"}, testForward},
 		{"established", []string{"default.established"}, testEstablished},
 		{"enforce", []string{"default.enforce"}, testEnforce},
+		{"knocks", []string{"log.knocks"}, testKnocks},
 		{"ports", []string{"open.*.ports", "open.*.protocol", "open.*.service", "service.*.ports", "service.*.protocol"}, testPorts},
 		{"any", []string{"open.*.protocol", "block.*.protocol"}, testAny},
 		{"addresses", []string{"open.*.from", "open.*.except", "open.*.to", "open.*.family", "set.*.addresses"}, testAddresses},

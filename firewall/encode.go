@@ -185,6 +185,14 @@ func encodeChain(table string, ch *rules.Chain) message {
 }
 
 func dataType(t rules.SetType) nftables.SetDatatype {
+	switch t {
+	case rules.TypeKnock:
+		return nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
+	case rules.TypeKnock4:
+		return nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService)
+	case rules.TypeKnock6:
+		return nftables.MustConcatSetType(nftables.TypeIP6Addr, nftables.TypeInetProto, nftables.TypeInetService)
+	}
 	return map[rules.SetType]nftables.SetDatatype{
 		rules.TypePort: nftables.TypeInetService, rules.TypeIPv4: nftables.TypeIPAddr, rules.TypeIPv6: nftables.TypeIP6Addr,
 		rules.TypeIfname: nftables.TypeIFName, rules.TypeICMP: nftables.TypeICMPType,
@@ -336,6 +344,8 @@ func (w *ruleWriter) add(e rules.Expr) {
 		w.emit(limitOf(e.Rate))
 	case rules.MeterAdd:
 		w.meter(e)
+	case rules.Tally:
+		w.tally(e)
 	case rules.LogPacket:
 		w.log(e)
 	case rules.RejectWith:
@@ -371,6 +381,23 @@ func (w *ruleWriter) meter(m rules.MeterAdd) {
 	w.emit(set)
 }
 
+// tally counts a packet under a key, whose parts stand side by side.
+func (w *ruleWriter) tally(t rules.Tally) {
+	at := uint32(0) // in registers of 4 bytes
+	for _, f := range t.Key {
+		to := unix.NFT_REG32_00 + at
+		if at%4 == 0 {
+			to = reg + at/4 // as the kernel calls it
+		}
+		w.loadTo(to, f)
+		at++
+		if f == rules.IP6Saddr {
+			at += 3
+		}
+	}
+	w.emit(&expr.Dynset{SrcRegKey: reg, SetName: w.real(t.Set), Operation: unix.NFT_DYNSET_OP_UPDATE, Exprs: []expr.Any{&expr.Counter{}}})
+}
+
 func (w *ruleWriter) log(l rules.LogPacket) {
 	e := &expr.Log{Key: 1 << unix.NFTA_LOG_PREFIX, Data: []byte(l.Prefix)}
 	if l.Group != nil {
@@ -403,20 +430,22 @@ func (w *ruleWriter) require(f rules.Family, p rules.Protocol) {
 	}
 }
 
-// load reads a field into the register. Offsets: RFC 791, 8200, 9293, 768, 792.
-func (w *ruleWriter) load(f rules.Field) {
+func (w *ruleWriter) load(f rules.Field) { w.loadTo(reg, f) }
+
+// loadTo reads a field into a register. Offsets: RFC 791, 8200, 9293, 768, 792.
+func (w *ruleWriter) loadTo(to uint32, f rules.Field) {
 	w.require(f.NeedsFamily(), f.NeedsProtocol())
 	payload := func(base expr.PayloadBase, offset, length uint32) {
-		w.emit(&expr.Payload{OperationType: expr.PayloadLoad, DestRegister: reg, Base: base, Offset: offset, Len: length})
+		w.emit(&expr.Payload{OperationType: expr.PayloadLoad, DestRegister: to, Base: base, Offset: offset, Len: length})
 	}
 	network, transport := expr.PayloadBaseNetworkHeader, expr.PayloadBaseTransportHeader
 	switch f {
 	case rules.MetaIifname:
-		w.emit(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
+		w.emit(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: to})
 	case rules.MetaNfproto:
-		w.emit(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg})
+		w.emit(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: to})
 	case rules.MetaL4proto:
-		w.emit(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg})
+		w.emit(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: to})
 	case rules.IPSaddr:
 		payload(network, 12, 4)
 	case rules.IPDaddr:
@@ -429,7 +458,7 @@ func (w *ruleWriter) load(f rules.Field) {
 		payload(network, 24, 16)
 	case rules.UDPSport:
 		payload(transport, 0, 2)
-	case rules.TCPDport, rules.UDPDport, rules.SCTPDport:
+	case rules.TCPDport, rules.UDPDport, rules.SCTPDport, rules.THDport:
 		payload(transport, 2, 2)
 	case rules.TCPFlags:
 		payload(transport, 13, 1)
@@ -438,23 +467,23 @@ func (w *ruleWriter) load(f rules.Field) {
 	case rules.ICMPCodeField, rules.ICMPv6CodeField:
 		payload(transport, 1, 1)
 	case rules.CtState:
-		w.emit(&expr.Ct{Key: expr.CtKeySTATE, Register: reg})
+		w.emit(&expr.Ct{Key: expr.CtKeySTATE, Register: to})
 	case rules.CtStatus:
-		w.emit(&expr.Ct{Key: expr.CtKeySTATUS, Register: reg})
+		w.emit(&expr.Ct{Key: expr.CtKeySTATUS, Register: to})
 	case rules.CtDirection:
-		w.emit(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: reg})
+		w.emit(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: to})
 	case rules.CtOriginalProtoDst:
-		w.emit(&expr.Ct{Key: expr.CtKeyPROTODST, Register: reg, OptDirection: true, Direction: rules.DirOriginal})
+		w.emit(&expr.Ct{Key: expr.CtKeyPROTODST, Register: to, OptDirection: true, Direction: rules.DirOriginal})
 	case rules.FibDaddrType:
-		w.emit(&expr.Fib{Register: reg, ResultADDRTYPE: true, FlagDADDR: true})
+		w.emit(&expr.Fib{Register: to, ResultADDRTYPE: true, FlagDADDR: true})
 	case rules.MetaOifname:
-		w.emit(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg})
+		w.emit(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: to})
 	case rules.MetaSkuid:
-		w.emit(&expr.Meta{Key: expr.MetaKeySKUID, Register: reg})
+		w.emit(&expr.Meta{Key: expr.MetaKeySKUID, Register: to})
 	case rules.MetaSkgid:
-		w.emit(&expr.Meta{Key: expr.MetaKeySKGID, Register: reg})
+		w.emit(&expr.Meta{Key: expr.MetaKeySKGID, Register: to})
 	case rules.FibDaddrOifname:
-		w.emit(&expr.Fib{Register: reg, ResultOIFNAME: true, FlagDADDR: true})
+		w.emit(&expr.Fib{Register: to, ResultOIFNAME: true, FlagDADDR: true})
 	default:
 		w.err = fmt.Errorf("no encoding for field %d", f)
 	}

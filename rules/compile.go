@@ -62,6 +62,7 @@ func Compile(p *Policy) *Ruleset {
 		chains = append(chains, c.egress(leaving))
 	}
 	chains = append(chains, c.containerRoute()...)
+	chains = append(chains, c.knocked()...)
 	chains = append(chains, c.essentials()...)
 	chains = append(chains, c.chains...)
 	if p.Default.Observe {
@@ -169,6 +170,7 @@ func (c *compiler) gate(blocked, opened []Rule) Chain {
 		r = append(r, c.leave()...)
 	}
 	r = append(r, opened[trusted:]...)
+	r = append(r, c.knocks()...)
 	r = append(r, c.refuse("c_dropped", "c_rejected", c.policy.Default.Input)...)
 	return Chain{Name: chainGate, Base: &Base{Hook: Prerouting, Priority: gatePriority}, Rules: r}
 }
@@ -353,17 +355,13 @@ func (c *compiler) backstopInput() Chain {
 	r = append(r, c.listed(pass)...)
 	if c.policy.Default.IgnorePublished {
 		if len(c.open.index.any) > 0 {
-			var ported []uint32
-			for _, p := range portProtocols {
-				ported = append(ported, uint32(p))
-			}
-			c.sets = append(c.sets, Set{Name: setPorted, Type: TypeProtocol, Codes: ported})
-			r = append(r, line("judged by the gate", MatchSet{Field: MetaL4proto, Set: setPorted, Not: true}, c.count(pass), accept()))
+			r = append(r, line("judged by the gate", MatchSet{Field: MetaL4proto, Set: c.ported(), Not: true}, c.count(pass), accept()))
 		}
 		for _, i := range c.open.index.any {
 			t := c.open.traffic[i]
 			r = append(r, line("open "+t.Name, jump(c.open.chain(t))))
 		}
+		r = append(r, c.knocks()...)
 		r = append(r, c.refuse("c_dropped", "c_rejected", c.policy.Default.Input)...)
 		return Chain{Name: chainBackstopIn, Base: &Base{Hook: Input, Priority: backstopPriority}, Rules: r}
 	}

@@ -101,6 +101,7 @@ client = "eth0"
 dropped = { limit = "5/second", burst = 20 }
 prefix  = "gate"
 group   = 0
+knocks  = false
 
 [egress.dns]
 ports      = [53]

@@ -238,6 +238,14 @@ func (m MeterAdd) nft() string {
 	return fmt.Sprintf("add @%s { %s ct count %d }", m.Set, key, m.Connections)
 }
 
+func (t Tally) nft() string {
+	key := make([]string, len(t.Key))
+	for i, f := range t.Key {
+		key[i] = f.String()
+	}
+	return fmt.Sprintf("update @%s { %s counter }", t.Set, strings.Join(key, " . "))
+}
+
 // nft writes "10/minute burst 5 packets".
 func (r Rate) nft() string {
 	unit := map[time.Duration]string{time.Second: "second", time.Minute: "minute", time.Hour: "hour", 24 * time.Hour: "day"}[r.Per]

@@ -222,6 +222,8 @@ type Log struct {
 	Rate    *Rate   // of the lines; nil: no limit
 	Prefix  string  // default "deadlight"
 	Group   *uint16 // nflog group; nil: the kernel log
+	// Knocks has what no rule admits counted by port and source. Default true.
+	Knocks bool
 }
 
 // Failsafe is the [failsafe] table: what the boot lock-down admits.
@@ -283,7 +285,7 @@ func DefaultPolicy() Policy {
 		ICMP:      ICMP{Echo: true},
 		DHCP:      DHCP{Client: true},
 		Default:   Default{Output: Accept},
-		Log:       Log{Prefix: "deadlight"},
+		Log:       Log{Prefix: "deadlight", Knocks: true},
 		Verify:    Verify{Vantage: "netns", Thorough: 1},
 	}
 }

@@ -1,6 +1,7 @@
 package rules
 
 import (
+	"cmp"
 	"math/bits"
 	"net/netip"
 	"time"
@@ -42,11 +43,15 @@ const (
 	TypeFibAddr                 // fib_addrtype
 	TypeProtocol                // inet_proto
 	TypeNfproto                 // nf_proto
+	TypeKnock                   // inet_proto . inet_service
+	TypeKnock4                  // ipv4_addr . inet_proto . inet_service
+	TypeKnock6                  // ipv6_addr . inet_proto . inet_service
 )
 
 // String gives the nft name of the type.
 func (t SetType) String() string {
-	return [...]string{"inet_service", "ipv4_addr", "ipv6_addr", "ifname", "icmp_type", "icmpv6_type", "fib_addrtype", "inet_proto", "nf_proto"}[t]
+	return [...]string{"inet_service", "ipv4_addr", "ipv6_addr", "ifname", "icmp_type", "icmpv6_type", "fib_addrtype", "inet_proto", "nf_proto",
+		"inet_proto . inet_service", "ipv4_addr . inet_proto . inet_service", "ipv6_addr . inet_proto . inet_service"}[t]
 }
 
 // Set is a named set, or a verdict map when Targets is not nil. Just one of
@@ -64,9 +69,11 @@ type Set struct {
 	Targets  []string // of a verdict map: the chain each element jumps to
 	// Until is when the elements vanish by themselves; zero: never.
 	Until time.Time
-	// Meter is a set that packets fill, of at most MeterSize sources, each
-	// forgotten when it was not seen for MeterTimeout (0: never by time).
+	// Meter is a set that packets fill, of at most MeterSize sources or, if it is
+	// not 0, Most, each forgotten when it was not seen for MeterTimeout (0: never by
+	// time).
 	Meter        bool
+	Most         int
 	MeterTimeout time.Duration
 
 	list int // how many ranges the list has that Addrs is a part of
@@ -110,7 +117,7 @@ const sizedFrom = 1024
 // keeps the definition of its set and elements can come and go in place.
 func (s *Set) Size() int {
 	if s.Meter {
-		return MeterSize
+		return cmp.Or(s.Most, MeterSize)
 	}
 	if n := s.Len(); !s.Interval && n >= sizedFrom {
 		return 1 << bits.Len(uint(n+n/8-1))
@@ -152,7 +159,7 @@ type Rule struct {
 	Exprs   []Expr // matches, then statements
 }
 
-// Expr is one part of a rule: [Match], [MatchSet], [VerdictMap], [MeterAdd],
+// Expr is one part of a rule: [Match], [MatchSet], [VerdictMap], [MeterAdd], [Tally],
 // [WithinLimit], [WithinRate], [LogPacket], [Count], [RejectWith] or [Verdict].
 type Expr interface{ nft() string }
 
@@ -188,6 +195,7 @@ const (
 	MetaSkuid                       // meta skuid
 	MetaSkgid                       // meta skgid
 	TCPFlags                        // tcp flags
+	THDport                         // th dport: of any protocol with ports
 )
 
 // String gives the nft name of the field.
@@ -196,7 +204,7 @@ func (f Field) String() string {
 		"iifname", "meta nfproto", "meta l4proto", "ip saddr", "ip daddr", "ip6 saddr", "ip6 daddr", "ip6 hoplimit",
 		"tcp dport", "udp sport", "udp dport", "sctp dport", "icmp type", "icmp code", "icmpv6 type", "icmpv6 code",
 		"ct state", "ct status", "ct direction", "ct original proto-dst", "fib daddr type", "fib daddr oifname",
-		"oifname", "meta skuid", "meta skgid", "tcp flags",
+		"oifname", "meta skuid", "meta skgid", "tcp flags", "th dport",
 	}[f]
 }
 
@@ -299,6 +307,13 @@ type MeterAdd struct {
 	Field       Field // IPSaddr or IP6Saddr
 	Rate        *Rate
 	Connections int // used when Rate is nil
+}
+
+// Tally counts a packet in a set, under the concatenation of some of its fields. It
+// does not match when the set is full.
+type Tally struct {
+	Set string
+	Key []Field
 }
 
 // WithinLimit matches while a named limit is kept.

@@ -83,6 +83,11 @@ var logSchema = schema[draft]{
 			d.Log.Group = &group
 		}
 	}},
+	{name: "knocks", also: []string{"count", "counters"}, read: func(r *reader, v named, d *draft) {
+		if b, ok := r.boolean(v); ok {
+			d.Log.Knocks = b
+		}
+	}},
 }
 
 // maxPrefix is what the kernel's log leaves room for beside our own words.

@@ -146,6 +146,9 @@ func (c *common) wasRules(ch *Chain) []Rule {
 			case MeterAdd:
 				e.Set = c.was(piece{setPiece, e.Set})
 				r.Exprs[i] = e
+			case Tally:
+				e.Set = c.was(piece{setPiece, e.Set})
+				r.Exprs[i] = e
 			case WithinLimit:
 				e.Limit = c.was(piece{limitPiece, e.Limit})
 				r.Exprs[i] = e

@@ -42,8 +42,11 @@ func indexParts(t *Table) partIndex {
 		x.chains[t.Chains[i].Name] = &t.Chains[i]
 		for _, r := range t.Chains[i].Rules {
 			for _, e := range r.Exprs {
-				if m, ok := e.(MeterAdd); ok {
-					x.users[m.Set] = append(x.users[m.Set], r)
+				switch e := e.(type) {
+				case MeterAdd:
+					x.users[e.Set] = append(x.users[e.Set], r)
+				case Tally:
+					x.users[e.Set] = append(x.users[e.Set], r)
 				}
 			}
 		}
@@ -127,6 +130,8 @@ func (r *Rule) names(yield func(piece)) {
 		case VerdictMap:
 			yield(piece{setPiece, e.Map})
 		case MeterAdd:
+			yield(piece{setPiece, e.Set})
+		case Tally:
 			yield(piece{setPiece, e.Set})
 		case WithinLimit:
 			yield(piece{limitPiece, e.Limit})

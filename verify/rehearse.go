@@ -139,9 +139,6 @@ func Rehearse(ctx context.Context, cfg RehearseConfig) (*Report, error) {
 	report.Listeners = &Listening{
 		ListedTCP: len(tcp.listed), ListedUDP: len(udp.listed), UnlistedTCP: len(tcp.unlisted), UnlistedUDP: len(udp.unlisted),
 	}
-	if cfg.Rules.Policy.Default.Observe {
-		report.Notes = append(report.Notes, "enforce = false: nothing is dropped, every port is reachable")
-	}
 	if other := otherProtocols(cfg.Rules.Policy, report.listed); other != "" {
 		report.Notes = append(report.Notes, "not judged, whether what is listed gets in: "+other)
 	}

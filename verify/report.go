@@ -20,6 +20,9 @@ type Report struct {
 	Verdict Verdict `json:"verdict"`
 	Target  string  `json:"target"`
 	Vantage string  `json:"vantage"`
+	// Unenforced says that the policy has enforce = false: it drops nothing, and the
+	// verdict is never "pass".
+	Unenforced bool `json:"unenforced,omitempty"`
 	// Proof is "host" when a tripwire on the host recorded what passed, else
 	// "packets".
 	Proof string `json:"proof"`
@@ -53,6 +56,7 @@ type Report struct {
 	views int  // of restricted rules
 
 	listed []rules.Protocol // other than TCP and UDP, that were judged
+	swept  []Swept
 }
 
 // Listening counts the listeners of a throw-away host.
@@ -174,7 +178,10 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 				r.Notes = append(r.Notes, note)
 			}
 		}
-		if v := &cfg.Views[i]; !v.Sweep && len(v.Shows) > 0 {
+		switch v := &cfg.Views[i]; {
+		case v.Sweep:
+			r.swept = append(r.swept, Swept{v.In, v.Path.Src, v.Path.Dst})
+		case len(v.Shows) > 0:
 			r.views++
 		}
 	}
@@ -201,6 +208,12 @@ func Judge(cfg JudgeConfig, res *Result) *Report {
 			break
 		}
 		r.Verdict = Inconclusive
+	}
+	if r.Unenforced = cfg.Rules.Policy.Default.Observe; r.Unenforced {
+		r.Notes = append(r.Notes, "NOTHING IS ENFORCED: the policy has enforce = false, so every port is reachable, listed or not; what it would drop is counted: deadlight status")
+		if r.Verdict == Pass {
+			r.Verdict = Inconclusive
+		}
 	}
 	if r.Verdict == Pass && len(j.either)+len(j.stray) > 0 {
 		r.Verdict = Inconclusive
@@ -584,7 +597,12 @@ func (r *Report) openings(b *strings.Builder) {
 	}
 	var order []row
 	families := map[row][]Opening{}
+	beside := 0
 	for _, o := range r.Openings {
+		if r.Unenforced && o.Rule == "" {
+			beside++
+			continue
+		}
 		k := row{o.Port, o.Protocol}
 		if families[k] == nil {
 			order = append(order, k)
@@ -616,6 +634,9 @@ func (r *Report) openings(b *strings.Builder) {
 	}
 	if shown > most {
 		fmt.Fprintf(b, "  ok   %s more listed, reachable\n", thousands(shown-most))
+	}
+	if beside > 0 {
+		fmt.Fprintf(b, "       %s that the policy does not list: reachable, since nothing is enforced\n", count(beside, "port", "ports"))
 	}
 }
 
@@ -688,6 +709,10 @@ func (r *Report) conclusion(b *strings.Builder) {
 	views := ""
 	if n := r.views; n > 0 {
 		views = fmt.Sprintf(" and %s of restricted openings", count(n, "view", "views"))
+	}
+	if r.Unenforced && len(r.Findings) == 0 {
+		fmt.Fprintf(b, "INCONCLUSIVE: NOTHING IS ENFORCED: %s probed, and the policy has enforce = false: that they are reachable says nothing of it\n", count(r.ports, "port", "ports"))
+		return
 	}
 	switch r.Verdict {
 	case Pass:

@@ -272,9 +272,6 @@ func hostReport(cfg HostConfig, s *surroundings, o *Outlook, left []string, res 
 		r.Verdict = Inconclusive
 	}
 	r.Notes = append(r.Notes, note)
-	if cfg.Rules.Policy.Default.Observe {
-		r.Notes = append(r.Notes, "enforce = false: nothing is dropped, every port is reachable")
-	}
 	var absent []string
 	for _, t := range allTraffic(cfg.Rules.Policy) {
 		for _, p := range t.Interfaces {

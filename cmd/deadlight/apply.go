@@ -97,6 +97,9 @@ func apply(ctx context.Context, e env, file, dir string, f applyFlags) error {
 	if err != nil {
 		return err
 	}
+	if f.verify && rs.Policy.Default.Observe {
+		return usageError("deadlight apply "+file+", then watch deadlight status", "--verify proves nothing of a policy with enforce = false: it drops nothing")
+	}
 	if failed := failing(rs); len(failed) > 0 {
 		for _, f := range failed {
 			printf(e.stderr, "%s: %s\n", printable(f.pos.String()), printable(f.text))

@@ -14,10 +14,11 @@ import (
 
 	"deadlight/firewall"
 	"deadlight/rules"
+	"deadlight/verify"
 )
 
 func newAuditCommand(e env) *cobra.Command {
-	var asJSON bool
+	var asJSON, probe bool
 	c := &cobra.Command{
 		Use:     "audit [POLICY]",
 		GroupID: groupWatch,
@@ -37,14 +38,19 @@ The rules are asked what they do to a stranger, and to those whom an opening
 names, by each interface. Not seen: other protocols than TCP and UDP, and what
 tables of legacy iptables, tc or XDP programs do (deadlight status lists them).
 
+With --verify the ports of the list are probed from outside, as deadlight verify
+does, and what the probes found stands beside each socket. A port that they found
+otherwise than the policy says is a finding, also where the rules give no reason.
+
 Exit codes: 0 as the policy says, 1 something is reachable though not listed, or
 stopped though listed, 2 policy error, 3 could not tell, as without root.`,
-		Example: "  sudo deadlight audit\n  sudo deadlight audit ./policy.toml\n  sudo deadlight audit --json | jq '.findings[]'",
+		Example: "  sudo deadlight audit\n  sudo deadlight audit ./policy.toml\n  sudo deadlight audit --verify\n  sudo deadlight audit --json | jq '.findings[]'",
 		Args:    atMostPolicy,
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print one JSON object")
 	dir := stateFlag(c)
-	c.RunE = func(_ *cobra.Command, args []string) error {
+	c.Flags().BoolVar(&probe, "verify", false, "probe this host from outside, and say what was seen beside each socket")
+	c.RunE = func(c *cobra.Command, args []string) error {
 		rs, err := readPolicy(e, policyArg(args), "nothing audited")
 		if err != nil {
 			return err
@@ -53,6 +59,11 @@ stopped though listed, 2 policy error, 3 could not tell, as without root.`,
 		a, err := auditHere(policyArg(args), rs)
 		if err != nil {
 			return kernelError(err, "deadlight audit "+policyArg(args))
+		}
+		if probe {
+			if err := a.verify(c.Context(), e, rs); err != nil {
+				return err
+			}
 		}
 		if asJSON {
 			err = writeJSON(e.stdout, a)
@@ -69,12 +80,15 @@ stopped though listed, 2 policy error, 3 could not tell, as without root.`,
 
 // auditJSON is the object of `audit --json`; the text is made from it.
 type auditJSON struct {
-	Schema   int           `json:"schema"`
-	Policy   string        `json:"policy"`
-	Kernel   bool          `json:"kernel"` // the running rules could be asked
-	Sockets  []socketJSON  `json:"sockets"`
-	Findings []findingJSON `json:"findings"`
-	Notes    []string      `json:"notes"`
+	Schema int    `json:"schema"`
+	Policy string `json:"policy"`
+	Kernel bool   `json:"kernel"` // the running rules could be asked
+	// Unenforced says that the policy has enforce = false: it would drop nothing.
+	Unenforced bool          `json:"unenforced,omitempty"`
+	Sockets    []socketJSON  `json:"sockets"`
+	Findings   []findingJSON `json:"findings"`
+	Notes      []string      `json:"notes"`
+	Probe      *probeJSON    `json:"probe,omitempty"` // of --verify
 }
 
 // socketJSON is a socket, or a port that has none: one that is published, or
@@ -93,13 +107,18 @@ type socketJSON struct {
 	Verdict   string `json:"verdict"`
 	Rule      string `json:"rule"` // the first opening that admits anybody
 	Text      string `json:"text"` // the verdict for people
+	// Knocked counts the packets to this port that no rule admitted, as far as they
+	// are not forgotten.
+	Knocked uint64 `json:"knocked,omitempty"`
+	// Seen is what probes from outside showed of it, with --verify.
+	Seen []seenJSON `json:"seen,omitempty"`
 
 	listener listener
 }
 
 // findingJSON is what is not as the policy says.
 type findingJSON struct {
-	Kind     string `json:"kind"` // unlisted or stopped
+	Kind     string `json:"kind"` // unlisted, stopped, or probed: only a probe shows it
 	Protocol string `json:"protocol"`
 	Address  string `json:"address"`
 	Port     string `json:"port"`
@@ -120,6 +139,8 @@ const (
 	auditStopped     = "stopped"     // the policy opens it, and the kernel stops it
 	auditUnheard     = "unheard"     // the policy opens it, and nobody listens
 	auditUnknown     = "unknown"     // cannot be told
+
+	auditProbed = "probed" // a finding: a probe found it otherwise than the policy says
 )
 
 // auditHere audits the network namespace of the calling thread.
@@ -151,6 +172,16 @@ func auditHere(policy string, rs *rules.Ruleset) (_ *auditJSON, err error) {
 		return nil, err
 	}
 	out.Policy = policy
+	if out.Unenforced = rs.Policy.Default.Observe; out.Unenforced {
+		out.Notes = append(out.Notes, "NOTHING IS ENFORCED: the policy has enforce = false, and what it would drop gets through: deadlight status lists who knocked")
+	}
+	if out.Kernel {
+		k, err := conn.Knocks(rules.TableName)
+		if err != nil {
+			return nil, err
+		}
+		out.knocked(k)
+	}
 	for i := range out.Sockets {
 		s := &out.Sockets[i]
 		if s.Address != "" {
@@ -158,6 +189,23 @@ func auditHere(policy string, rs *rules.Ruleset) (_ *auditJSON, err error) {
 		}
 	}
 	return out, nil
+}
+
+// knocked fills in how often each socket was knocked at in vain, or would have been
+// if the policy were enforced.
+func (a *auditJSON) knocked(k *firewall.Knocks) {
+	for i := range a.Sockets {
+		s := &a.Sockets[i]
+		if s.Address == "" || s.Verdict == auditLoopback {
+			continue
+		}
+		for _, p := range k.Ports {
+			if p.Protocol == s.listener.Protocol && p.Port == s.Port {
+				s.Knocked = p.Packets
+				s.Text += "; " + plural(int(p.Packets), "packet") + " came that no rule admits"
+			}
+		}
+	}
 }
 
 // auditor holds sockets against a policy and the running rules.
@@ -538,12 +586,7 @@ func (a *auditor) unheard(sockets []socketJSON) []socketJSON {
 	}
 	heard, local := map[key]bool{}, map[key]bool{}
 	for _, s := range sockets {
-		first, last := int(s.Port), int(s.Port)
-		if _, hi, ok := strings.Cut(s.Ports, "-"); ok {
-			if _, err := fmt.Sscan(hi, &last); err != nil {
-				last = first
-			}
-		}
+		first, last := s.run()
 		for n := first; n <= last; n++ {
 			if s.Verdict == auditLoopback {
 				local[key{s.listener.Protocol, n}] = true
@@ -615,7 +658,7 @@ func (a *auditJSON) code() int {
 	switch {
 	case len(a.Findings) > 0:
 		return exitFindings
-	case !a.Kernel || slices.ContainsFunc(a.Sockets, func(s socketJSON) bool { return s.Verdict == auditUnknown }):
+	case !a.Kernel || a.Probe != nil && a.Probe.Verdict != verify.Pass || slices.ContainsFunc(a.Sockets, func(s socketJSON) bool { return s.Verdict == auditUnknown }):
 		return exitRefused
 	}
 	return exitOK

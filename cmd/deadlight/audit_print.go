@@ -18,6 +18,11 @@ func (a *auditJSON) print(out io.Writer) error {
 	} else if err := a.printTable(out); err != nil {
 		return err
 	}
+	for _, f := range a.Findings {
+		if f.Kind == auditProbed {
+			printf(out, "PROBED  %s/%s %s\n", f.Port, f.Protocol, oneLine(f.Fact))
+		}
+	}
 	var hints []string
 	for _, f := range a.Findings {
 		if !slices.Contains(hints, f.Hint) && len(hints) < 8 {
@@ -40,7 +45,7 @@ func (a *auditJSON) printTable(out io.Writer) error {
 	for columns := 6; ; columns-- {
 		var b bytes.Buffer
 		w := newTable(&b)
-		row := func(protocol, address, process, outside, user, unit string) {
+		row := func(protocol, address, process, probed, outside, user, unit string) {
 			cells := []string{protocol, address, process}
 			if columns > 4 {
 				cells = append(cells, user)
@@ -48,12 +53,15 @@ func (a *auditJSON) printTable(out io.Writer) error {
 			if columns > 5 {
 				cells = append(cells, unit)
 			}
+			if a.Probe != nil {
+				cells = append(cells, probed)
+			}
 			fmt.Fprintln(w, strings.Join(append(cells, outside), "\t"))
 		}
-		row("PROTO", "LOCAL ADDRESS", "PROCESS", "FROM OUTSIDE", "USER", "UNIT")
+		row("PROTO", "LOCAL ADDRESS", "PROCESS", "PROBED", "FROM OUTSIDE", "USER", "UNIT")
 		for i := range a.Sockets {
 			s := &a.Sockets[i]
-			row(s.proto(), oneLine(s.at()), oneLine(s.holder()), oneLine(s.Text), oneLine(dash(s.User)), oneLine(dash(s.Unit)))
+			row(s.proto(), oneLine(s.at()), oneLine(s.holder()), oneLine(s.probedText()), oneLine(s.Text), oneLine(dash(s.User)), oneLine(dash(s.Unit)))
 		}
 		if err := w.Flush(); err != nil {
 			return err
@@ -157,6 +165,9 @@ func (a *auditJSON) summary() string {
 		word = "FINDINGS"
 	case exitRefused:
 		word = "COULD NOT TELL"
+	}
+	if p := a.Probe; p != nil {
+		parts = append(parts, fmt.Sprintf("probed: %s", p.Verdict))
 	}
 	return fmt.Sprintf("%s: %s, against %s", word, strings.Join(parts, ", "), oneLine(a.Policy))
 }

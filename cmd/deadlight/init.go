@@ -16,7 +16,8 @@ import (
 )
 
 func newInitCommand(e env) *cobra.Command {
-	return &cobra.Command{
+	var observed bool
+	c := &cobra.Command{
 		Use:     "init [EXAMPLE]",
 		GroupID: groupWrite,
 		Short:   "Write a starter policy from what listens now, or an example",
@@ -28,11 +29,16 @@ firewall closes now, ports of clients and loopback are left as comments. Your ow
 SSH or mosh session stays admitted. Then it is yours: read it, take out what nobody
 needs, and narrow the rest.
 
+With --from-observed it proposes an opening for each port that somebody listens at
+and that the policy in force does not open, to those who knocked there: apply a
+policy with enforce = false, wait a few days, then ask. An attacker may have knocked
+too.
+
 With the name of an example, that is printed: ` + strings.Join(configs.Names(), ", ") + `.
 
 Nothing is changed. It takes root to see the processes and the running rules; an
 example takes none.`,
-		Example: "  sudo deadlight init > policy.toml\n  deadlight init webserver > policy.toml",
+		Example: "  sudo deadlight init > policy.toml\n  deadlight init webserver > policy.toml\n  sudo deadlight init --from-observed",
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 1 {
 				return usageError("deadlight init --help", "one example at a time: %s", strings.Join(args[1:], " "))
@@ -40,7 +46,10 @@ example takes none.`,
 			return nil
 		},
 		RunE: func(_ *cobra.Command, args []string) error {
-			text, err := starterPolicy(args)
+			if observed && len(args) > 0 {
+				return usageError("deadlight init --from-observed", "--from-observed takes no example: %s", args[0])
+			}
+			text, err := starterPolicy(args, observed)
 			if err != nil {
 				return err
 			}
@@ -48,10 +57,12 @@ example takes none.`,
 			return err
 		},
 	}
+	c.Flags().BoolVar(&observed, "from-observed", false, "propose openings for who knocked where somebody listens")
+	return c
 }
 
 // starterPolicy gives the text of init.
-func starterPolicy(args []string) (string, error) {
+func starterPolicy(args []string, observed bool) (string, error) {
 	if len(args) == 1 {
 		b, err := configs.Read(args[0])
 		if errors.Is(err, fs.ErrNotExist) {
@@ -59,7 +70,11 @@ func starterPolicy(args []string) (string, error) {
 		}
 		return string(b), err
 	}
-	text, err := starterHere()
+	draw := starterHere
+	if observed {
+		draw = observedHere
+	}
+	text, err := draw()
 	var x *exitError
 	switch {
 	case errors.Is(err, firewall.ErrPermission):
@@ -80,12 +95,21 @@ func starterHere() (_ string, err error) {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }()
-	s := &starter{units: map[int]string{}, now: time.Now(), asked: inquiry{ask: conn.WalkAll}}
-	if s.runs, err = conn.PublishedRuns(); err != nil {
+	s, err := starterOf(conn)
+	if err != nil {
 		return "", err
 	}
+	return s.policy()
+}
+
+// starterOf looks at the network namespace of the calling thread.
+func starterOf(conn *firewall.Conn) (_ *starter, err error) {
+	s := &starter{units: map[int]string{}, now: time.Now(), asked: inquiry{ask: conn.WalkAll}}
+	if s.runs, err = conn.PublishedRuns(); err != nil {
+		return nil, err
+	}
 	if s.sockets, err = allListeners(); err != nil {
-		return "", err
+		return nil, err
 	}
 	for _, l := range s.sockets {
 		if _, known := s.units[l.PID]; !known {
@@ -93,15 +117,15 @@ func starterHere() (_ string, err error) {
 		}
 	}
 	if s.nics, err = nics(); err != nil {
-		return "", err
+		return nil, err
 	}
 	if s.sessions, err = operator(); err != nil {
-		return "", refused(fmt.Errorf("%w: the policy might not admit it", err), "run it from a login shell of that session, with sudo")
+		return nil, refused(fmt.Errorf("%w: the policy might not admit it", err), "run it from a login shell of that session, with sudo")
 	}
 	if s.ephemeral, err = clientPorts(); err != nil {
-		return "", err
+		return nil, err
 	}
-	return s.policy()
+	return s, nil
 }
 
 // clientPorts is the range of ports that clients are given (ip(7)).

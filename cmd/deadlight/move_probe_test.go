@@ -91,7 +91,7 @@ func startMoveProbes(t *testing.T, link verify.Link, ports []movePort, rejects b
 			if port.network == "udp" {
 				frame = func(n uint16) []byte { return udpFrame(link, netip.AddrPortFrom(from, n), to) }
 			}
-			p.byPort[portKey(to.Addr().Is6(), port.network, port.port)] = add(port.String()+" over "+family, port.open, frame)
+			p.byPort[probeKey(to.Addr().Is6(), port.network, port.port)] = add(port.String()+" over "+family, port.open, frame)
 		}
 	}
 	const every = uint16(unix.ETH_P_ALL)<<8 | uint16(unix.ETH_P_ALL)>>8 // in network order
@@ -113,7 +113,7 @@ func startMoveProbes(t *testing.T, link verify.Link, ports []movePort, rejects b
 	return p
 }
 
-func portKey(six bool, network string, port uint16) string {
+func probeKey(six bool, network string, port uint16) string {
 	return fmt.Sprint(six, network, port)
 }
 
@@ -255,7 +255,7 @@ func (p *moveProbes) got(f []byte) {
 	switch from, to := binary.BigEndian.Uint16(body), binary.BigEndian.Uint16(body[2:]); proto {
 	case unix.IPPROTO_TCP:
 		const rst = 4
-		switch tg := p.byPort[portKey(six, "tcp", from)]; {
+		switch tg := p.byPort[probeKey(six, "tcp", from)]; {
 		case tg == nil || len(body) < 20 || to > highestProbe:
 		case body[13]&rst != 0:
 			p.refused(tg, to)
@@ -263,7 +263,7 @@ func (p *moveProbes) got(f []byte) {
 			tg.answered(to)
 		}
 	case unix.IPPROTO_UDP:
-		if tg := p.byPort[portKey(six, "udp", from)]; tg != nil {
+		if tg := p.byPort[probeKey(six, "udp", from)]; tg != nil {
 			tg.answered(to)
 		}
 	case unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6:
@@ -283,7 +283,7 @@ func (p *moveProbes) gotError(six bool, body []byte) {
 		return
 	}
 	network := map[byte]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[inner[map[bool]int{false: 9, true: 6}[six]]]
-	tg := p.byPort[portKey(six, network, binary.BigEndian.Uint16(inner[header+2:]))]
+	tg := p.byPort[probeKey(six, network, binary.BigEndian.Uint16(inner[header+2:]))]
 	switch n := binary.BigEndian.Uint16(inner[header:]); {
 	case tg == nil:
 	case tg.open || body[1] != portCode:

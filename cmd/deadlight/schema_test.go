@@ -57,7 +57,7 @@ func jsonWords() map[string][]string {
 	verdicts := []string{verify.Pass.String(), verify.Inconclusive.String(), verify.Fail.String()}
 	families := []string{rules.IPv4.String(), rules.IPv6.String(), rules.Both.String()}
 	return map[string][]string{
-		"findingJSON.kind":          {"unlisted", "stopped"},
+		"findingJSON.kind":          {"unlisted", "stopped", "probed"},
 		"socketJSON.verdict":        {auditExposed, auditWide, auditFiltered, auditLoopback, auditUnreachable, auditUnlisted, auditStopped, auditUnheard, auditUnknown},
 		"changeJSON.action":         {"add", "remove", "change"},
 		"changeJSON.kind":           {"table", "chain", "rule", "set", "element", "object", "flowtable"},

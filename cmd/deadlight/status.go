@@ -21,10 +21,14 @@ func newStatusCommand(e env) *cobra.Command {
 		GroupID: groupWatch,
 		Short:   "Say on one screen what is in force, and what else bears on it",
 		Long: `Says which policy is in force and since when, whether the kernel still holds it,
-what was dropped, and what beside Deadlight bears on its verdict: chains of other
-tables that stop what the policy opens, NAT and rewrites, tables of legacy
-iptables, tc filters and XDP programs on the interfaces of the policy, units and
-scripts that flush the ruleset. It changes nothing.
+what was dropped, who knocked at which closed ports, and what beside Deadlight bears
+on its verdict: chains of other tables that stop what the policy opens, NAT and
+rewrites, tables of legacy iptables, tc filters and XDP programs on the interfaces
+of the policy, units and scripts that flush the ruleset. It changes nothing.
+
+Who knocked is counted in the kernel, by port and by source, as long as there is
+room; a port or source that was silent for a day is forgotten. Sources may be
+forged.
 
 Of what is beside Deadlight:
   breaks  it stops what the policy opens, or can open what it closes
@@ -71,6 +75,7 @@ type statusJSON struct {
 	Verified     *verifiedJSON      `json:"verified,omitempty"` // the last verification of this host
 	Temporary    []temporaryJSON    `json:"temporary"`          // rules beside the policy that have not ended
 	Counters     []counterJSON      `json:"counters"`
+	Knocks       *knocksJSON        `json:"knocks,omitempty"` // absent where nothing is counted by port
 	Interference []interferenceJSON `json:"interference"`
 	Notes        []string           `json:"notes"`
 }
@@ -81,6 +86,8 @@ type policyStatusJSON struct {
 	File    string     `json:"file,omitempty"`
 	Applied *time.Time `json:"applied,omitempty"`
 	Changed []fileJSON `json:"changed"` // files that are not as they were applied
+	// Unenforced says that it has enforce = false: what it would drop gets through.
+	Unenforced bool `json:"unenforced,omitempty"`
 	// Pending is a policy on trial: File is what the kernel judges by.
 	Pending *pendingJSON   `json:"pending,omitempty"`
 	Back    *firewall.Back `json:"back,omitempty"` // the last trial that came back to this
@@ -146,6 +153,11 @@ func statusHere(dir, root string) (_ *statusJSON, err error) {
 		return nil, err
 	}
 	s.count(counted)
+	knocked, err := h.conn.Knocks(rules.TableName)
+	if err != nil {
+		return nil, err
+	}
+	s.Knocks = knocks(knocked)
 	files := h.conn.HostFiles()
 	switch {
 	case root != "":
@@ -219,6 +231,9 @@ func (s *statusJSON) applied(h *host) (*rules.Ruleset, error) {
 		return nil, nil
 	}
 	rs, err := h.state.Compile(judges)
+	if err == nil {
+		s.Policy.Unenforced = rs.Policy.Default.Observe
+	}
 	if errors.Is(err, firewall.ErrStateDamaged) || errors.Is(err, firewall.ErrStateVersion) {
 		s.Notes = append(s.Notes, "the policy that was last applied cannot be read: "+err.Error())
 		return nil, nil
@@ -282,6 +297,9 @@ func (s *statusJSON) count(counted map[string]firewall.Counter) {
 			continue
 		}
 		m.Packets, m.Bytes = c.Packets, c.Bytes
+		if s.Policy.Unenforced {
+			m.Meaning, m.Finding = "got through: nothing is enforced, else "+m.Meaning, false
+		}
 		s.Counters = append(s.Counters, m)
 	}
 }
@@ -312,6 +330,9 @@ func (s *statusJSON) print(w io.Writer) {
 	default:
 		printf(w, "policy    not known\n")
 	}
+	if s.Policy.Unenforced {
+		printf(w, "          NOTHING IS ENFORCED: it has enforce = false, and what it would drop gets through\n")
+	}
 	switch b := s.Policy.Back; {
 	case s.Policy.Pending != nil:
 		printf(w, "          %s\n", oneLine(s.Policy.Pending.text()))
@@ -339,6 +360,9 @@ func (s *statusJSON) print(w io.Writer) {
 		}
 		printf(w, "%-8s  %d %s%s (%s)\n", title, c.Packets, mark, c.Meaning, c.Name)
 		title = ""
+	}
+	if s.Knocks != nil {
+		s.Knocks.print(w)
 	}
 	printInterferences(w, s.Interference)
 	for _, n := range s.Notes {

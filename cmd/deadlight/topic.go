@@ -50,6 +50,7 @@ may stand wherever a list may. configs/reference.toml has every key with its def
 [dhcp]      client = true | false | ["eth0"]
 [log]       dropped = false | true | { limit = "5/second", burst = 20 }
             prefix = "deadlight"   group = 0    nflog; without: the kernel log
+            knocks = true | false               count what is dropped by port and source
 [failsafe]  ports service protocol from interfaces    what the boot lock-down admits
 [verify]    vantage = "netns" | "ssh://user@host"   thorough = 1
 [[expect]]  from = "198.51.100.9"   to   in   port = "5432/tcp"

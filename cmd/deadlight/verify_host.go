@@ -83,12 +83,16 @@ func isAfar(vantage string) bool { return strings.HasPrefix(vantage, "ssh://") }
 // verifyHost probes the network namespace of the calling thread from outside. Its
 // errors are said for people.
 func verifyHost(ctx context.Context, e env, rs *rules.Ruleset, c hostCheck) (*verify.Report, error) {
+	putBack := keepKnocks()
 	line := newProgress(e)
 	report, err := verify.LookAtHost(ctx, verify.HostConfig{
 		Rules: rs, Ports: c.ports, Canaries: c.canaries, In: c.in, MaxRate: c.maxRate, PacketsOnly: c.packetsOnly, Thorough: c.thorough,
 		Progress: func(sent, total uint64) { line.update("probing this host", sent, total) },
 	})
 	line.done()
+	if back := putBack(); back != nil && err == nil {
+		printf(e.stderr, "deadlight: warning: the probes stand among those who knocked: %s\n", printable(back.Error()))
+	}
 	switch {
 	case err == nil:
 		return report, nil
@@ -105,6 +109,20 @@ func verifyHost(ctx context.Context, e env, rs *rules.Ruleset, c hostCheck) (*ve
 			"sudo deadlight verify; a container or a unit needs CAP_SYS_ADMIN, CAP_NET_ADMIN and CAP_NET_RAW")
 	}
 	return nil, refused(err, "")
+}
+
+// keepKnocks notes who knocked at this host, and gives what puts it back: the verifier
+// knocks at everything, and would be all that status has to tell.
+func keepKnocks() (putBack func() error) {
+	conn, err := firewall.Dial(nil)
+	if err != nil {
+		return func() error { return err }
+	}
+	kept, err := conn.KeepKnocks(rules.TableName)
+	if err != nil {
+		return func() error { return errors.Join(err, conn.Close()) }
+	}
+	return func() error { return errors.Join(conn.PutKnocks(kept), conn.Close()) }
 }
 
 // newVerified is what is kept of a report.
