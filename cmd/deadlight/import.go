@@ -12,7 +12,7 @@ import (
 func newImportCommand(e env) *cobra.Command {
 	var o importer.Options
 	c := &cobra.Command{
-		Use:     "import FILE...",
+		Use:     "import [FILE...]",
 		GroupID: groupWrite,
 		Short:   "Make a policy of the rules of another firewall",
 		Long: `Reads the rules of ufw, firewalld, iptables or nftables and prints a policy.

@@ -67,10 +67,11 @@ type covered struct {
 }
 
 // readmeCommands are the commands of the README.
-func readmeCommands() map[string]covered {
+func readmeCommands(t *testing.T) map[string]covered {
+	t.Helper()
 	const own = "cmd/deadlight/"
 	boot := func(has string) covered { return covered{in: own + "systemboot_test.go", has: has} }
-	return map[string]covered{
+	known := map[string]covered{
 		"go run ./cmd/deadlight try configs/webserver.toml": {as: "deadlight try configs/webserver.toml", code: exitOK},
 		"go run ./cmd/deadlight try configs/webserver.toml -- nft insert rule inet deadlight gate tcp dport 8080 accept": {
 			as: "deadlight try configs/webserver.toml -- nft insert rule inet deadlight gate tcp dport 8080 accept", code: exitFindings},
@@ -78,19 +79,25 @@ func readmeCommands() map[string]covered {
 		"CGO_ENABLED=0 go build ./cmd/deadlight":                                  {as: "CGO_ENABLED=0 go build -o $T/built ./cmd/deadlight && $T/built version"},
 		"go build ./cmd/deadlight && sudo ./deadlight try configs/webserver.toml": {in: own + "examples_test.go", has: `"try", name+".toml"`},
 		".ci/test": {in: ".ci/run", has: "\n.ci/test\n"},
-		".ci/test -run Soak -timeout 60m ./firewall": {in: "firewall/window_test.go", has: "Soak"},
-		".ci/test -run TestBoot ./cmd/deadlight":     boot("func TestBoot("),
-		".ci/run":                                    {in: ".ci/run", has: "step tests"},
-		".ci/picture":                                {in: own + "readme_test.go", has: `.ci/picture"`},
-		"sudo .ci/compare":                           {in: own + "readme_test.go", has: `.ci/compare"`},
-		".ci/package DIR":                            {in: own + "package_test.go", has: `".ci", "package"`},
-		"man -l cmd/deadlight/man/deadlight.8":       {as: "mandoc -T utf8 cmd/deadlight/man/deadlight.8"},
-		"deadlight help policy":                      {},
-		"deadlight completion SHELL":                 {as: "deadlight completion bash"},
-		"sudo deadlight apply":                       {},
-		"sudo deadlight apply --confirm 5s":          {as: "sed -i s/22/2222/ /etc/deadlight/policy.toml; deadlight apply --confirm 5s"},
-		"sudo deadlight confirm":                     {as: "deadlight apply >/dev/null; sed -i s/22/2222/ /etc/deadlight/policy.toml; deadlight apply --confirm 60s >/dev/null && deadlight confirm"},
-		"echo $?":                                    {},
+		".ci/test -run Soak -timeout 60m ./firewall":                                    {in: "firewall/window_test.go", has: "Soak"},
+		".ci/test -run TestBoot ./cmd/deadlight":                                        boot("func TestBoot("),
+		".ci/test -run TestMove ./cmd/deadlight":                                        {in: own + "move_test.go", has: "func TestMove("},
+		".ci/test -run 'TestEngines|TestPublish|TestBeside' ./cmd/deadlight ./firewall": {in: own + "engines_test.go", has: "func TestEngines("},
+		"sudo deadlight init --from-observed":                                           {in: own + "testdata/script/observe.txtar", has: "\ndeadlight init --from-observed\n"},
+		"deadlight open 8443/tcp --for 2h --from 198.51.100.7":                          {as: "deadlight apply >/dev/null; deadlight open 8443/tcp --for 2h --from 198.51.100.7"},
+		"deadlight block 203.0.113.9 --for 1d":                                          {as: "deadlight apply >/dev/null; deadlight block 203.0.113.9 --for 1d"},
+		"deadlight verify --targets hosts.txt --resume hosts.journal":                   {in: own + "targets_test.go", has: "resume"},
+		".ci/run":                              {in: ".ci/run", has: "step tests"},
+		".ci/picture":                          {in: own + "readme_test.go", has: `.ci/picture"`},
+		"sudo .ci/compare":                     {in: own + "readme_test.go", has: `.ci/compare"`},
+		".ci/package DIR":                      {in: own + "package_test.go", has: `".ci", "package"`},
+		"man -l cmd/deadlight/man/deadlight.8": {as: "mandoc -T utf8 cmd/deadlight/man/deadlight.8"},
+		"deadlight help policy":                {},
+		"deadlight completion SHELL":           {as: "deadlight completion bash"},
+		"sudo deadlight apply":                 {},
+		"sudo deadlight apply --confirm 5s":    {as: "sed -i s/22/2222/ /etc/deadlight/policy.toml; deadlight apply --confirm 5s"},
+		"sudo deadlight confirm":               {as: "deadlight apply >/dev/null; sed -i s/22/2222/ /etc/deadlight/policy.toml; deadlight apply --confirm 60s >/dev/null && deadlight confirm"},
+		"echo $?":                              {},
 		"sudo sed -i s/198.51.100.0/198.51.10.0/ /etc/deadlight/policy.toml": {},
 		"deadlight apply --confirm":        {as: "deadlight apply --confirm 60s"},
 		"deadlight apply --confirm 60s":    {},
@@ -116,6 +123,14 @@ func readmeCommands() map[string]covered {
 		"sudo sysctl -w kernel.unprivileged_userns_clone=1":             {in: "verify/isolate.go", has: "kernel.unprivileged_userns_clone=1"},
 		"sudo sysctl -w user.max_user_namespaces=15000":                 {in: "verify/isolate.go", has: "user.max_user_namespaces"},
 	}
+	for _, name := range []string{"ufw", "firewalld", "nftables"} {
+		for _, line := range moveCommands(t, name) { // TestMove runs them
+			if _, ok := known[line]; !ok {
+				known[line] = covered{in: own + "testdata/move/" + name + ".sh", has: line}
+			}
+		}
+	}
+	return known
 }
 
 // commandsOf finds the command lines of a text: the lines of sh blocks, those behind a
@@ -167,7 +182,7 @@ func commandsOf(text string) []string {
 // Every command of the README is run by a test, here or where the table says; and the
 // README has no command that the table does not know.
 func TestReadmeCommands(t *testing.T) {
-	found, known := commandsOf(readme(t)), readmeCommands()
+	found, known := commandsOf(readme(t)), readmeCommands(t)
 	for _, line := range found {
 		if _, ok := known[line]; !ok {
 			t.Errorf("README.md has a command that no test runs: %s", line)
@@ -184,7 +199,7 @@ func TestReadmeCommands(t *testing.T) {
 			continue
 		}
 		if strings.Contains(line, "deadlight ") && !strings.HasPrefix(line, ".ci/") && !strings.Contains(line, "go build") &&
-			!strings.HasPrefix(line, "systemctl") && !strings.Contains(line, " sed ") && !strings.HasSuffix(line, " --confirm") && !strings.HasSuffix(line, " --target") {
+			!strings.HasPrefix(line, "systemctl") && !strings.Contains(line, " sed ") && !strings.Contains(c.in, "/move/") && !strings.HasSuffix(line, " --confirm") && !strings.HasSuffix(line, " --target") {
 			if err := possible(strings.ReplaceAll(strings.ReplaceAll(line, "./cmd/deadlight", "deadlight"), "SHELL", "bash")); err != nil {
 				t.Errorf("%s: %v", line, err)
 			}
