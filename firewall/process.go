@@ -14,7 +14,8 @@ type Process struct {
 }
 
 // Owners fills in, by inode, which process has a socket open: the first of several
-// (proc_pid_fd(5)). What this user may not see stays empty.
+// (proc_pid_fd(5)), and init only if no other has, since it keeps the sockets that it
+// hands to services. What this user may not see stays empty.
 func Owners(wanted map[uint32]Process) {
 	pids, err := os.ReadDir("/proc")
 	if err != nil {
@@ -44,7 +45,7 @@ func Owners(wanted map[uint32]Process) {
 				continue
 			}
 			was, asked := wanted[uint32(inode)]
-			if !asked || was.PID != 0 && was.PID <= pid {
+			if !asked || was.PID > 1 && (was.PID <= pid || pid == 1) || was.PID == pid {
 				continue
 			}
 			comm, err := os.ReadFile(filepath.Join(dir, "comm"))
