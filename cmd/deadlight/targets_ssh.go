@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"time"
 
@@ -143,18 +142,12 @@ func newFromVantageManyCommand(e env) *cobra.Command {
 
 // lookAtManyForAnother is the far side of lookAtManyOverSSH.
 func lookAtManyForAnother(ctx context.Context, e env) error {
-	d := json.NewDecoder(e.stdin)
 	var r manyRequest
-	if err := d.Decode(&r); err != nil {
-		return usageError("deadlight verify --vantage ssh://USER@HOST starts this command", "no request on standard input: %w", err)
+	ctx, gone, err := takeRequest(ctx, e, &r)
+	if err != nil {
+		return err
 	}
-	// Who asked is gone when its input ends.
-	ctx, gone := context.WithCancel(ctx)
 	defer gone()
-	go func() {
-		_, _ = io.Copy(io.Discard, e.stdin)
-		gone()
-	}()
 	policies := map[string]*targetPolicy{}
 	for name, p := range r.Policies {
 		rs, problems := parseFiles(name, sentFiles(vantageRequest{Files: p.Files, Globs: p.Globs}))

@@ -163,18 +163,12 @@ func newFromVantageCommand(e env) *cobra.Command {
 // lookForAnother is the far side of askVantage; caller is the address that asks, as
 // sshd sees it.
 func lookForAnother(ctx context.Context, e env, caller string) error {
-	d := json.NewDecoder(e.stdin)
 	var r vantageRequest
-	if err := d.Decode(&r); err != nil {
-		return usageError("deadlight verify --vantage ssh://USER@HOST starts this command", "no request on standard input: %w", err)
+	ctx, gone, err := takeRequest(ctx, e, &r)
+	if err != nil {
+		return err
 	}
-	// Who asked is gone when its input ends.
-	ctx, gone := context.WithCancel(ctx)
 	defer gone()
-	go func() {
-		_, _ = io.Copy(io.Discard, e.stdin)
-		gone()
-	}()
 	rs, problems := parseFiles(r.Policy, sentFiles(r))
 	if rs == nil {
 		return unusable(e, problems, "nothing probed") // the near side has read it: another version
@@ -222,6 +216,20 @@ func lookForAnother(ctx context.Context, e env, caller string) error {
 		err = writeJSON(e.stdout, vantageAnswer{out.Bytes(), b})
 	}
 	return errors.Join(err, verdict)
+}
+
+// takeRequest reads what is asked of the far side. The context ends when who asked is
+// gone, which its input shows.
+func takeRequest(ctx context.Context, e env, request any) (context.Context, context.CancelFunc, error) {
+	if err := json.NewDecoder(e.stdin).Decode(request); err != nil {
+		return nil, nil, usageError("deadlight verify --vantage ssh://USER@HOST starts this command", "no request on standard input: %w", err)
+	}
+	ctx, gone := context.WithCancel(ctx)
+	go func() {
+		_, _ = io.Copy(io.Discard, e.stdin)
+		gone()
+	}()
+	return ctx, gone, nil
 }
 
 // sentFiles are the files of a policy as they were sent.
