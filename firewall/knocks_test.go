@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -146,7 +147,14 @@ func TestKnocksSurvive(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.flood(3000, func(i int) *packet { return w.tcp(stranger4, uint16(1000+i)) })
+	// While its hash table grows the kernel takes no more than it has room for
+	// (rhashtable_insert_rehash), so who comes then is counted the next time.
+	for range 10 {
+		w.flood(3000, func(i int) *packet { return w.tcp(stranger4, uint16(1000+i)) })
+		if len(w.knocks().Ports) == 3002 {
+			break
+		}
+	}
 	if n := len(w.knocks().Ports); n != 3002 {
 		t.Errorf("%d ports counted, want 3002", n)
 	}
@@ -203,4 +211,9 @@ func TestKnocksFlood(t *testing.T) {
 	}
 	w.expect(t, in("a listed port", w.tcp(stranger4, 80)), out("an unlisted one", w.tcp(stranger4, 81)))
 	w.noDrift(t, rs)
+}
+
+// withoutKnocks leaves out of a listing who knocked: any packet may.
+func withoutKnocks(text string) string {
+	return regexp.MustCompile(`(set knocks[46]? \{[^}]*?)\n\t\telements = \{[^}]*\}`).ReplaceAllString(text, "$1")
 }

@@ -45,13 +45,14 @@ func TestFarScript(t *testing.T) {
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	t.Setenv("TMPDIR", room)
+	t.Setenv("SSH_CONNECTION", "192.0.2.7 50000 192.0.2.1 22")
 	v := SSHVantage{Host: "far", User: "root", Port: 22, Config: "none"}
 	run := func() (code int, out, errs string, err error) {
 		var o, e strings.Builder
 		code, err = v.Run(t.Context(), program, []string{"a", "b"}, []byte("request\n"), &o, &e)
 		return code, o.String(), e.String(), err
 	}
-	if code, out, errs, err := run(); err != nil || code != 5 || out != "words a b\nline request\ndeadlight.X\n" || errs != "said\n" {
+	if code, out, errs, err := run(); err != nil || code != 5 || out != "words a b 192.0.2.7\nline request\ndeadlight.X\n" || errs != "said\n" {
 		t.Errorf("exit %d, %v: %q %q", code, err, out, errs)
 	}
 	if left, err := os.ReadDir(room); err != nil || len(left) > 0 {

@@ -29,7 +29,7 @@ also over deadlight apply, rollback and a reboot. deadlight status shows it, and
 deadlight remove forgets it. No file is changed.
 
 What blocks your own session is refused.`,
-		Example: "  sudo deadlight block 203.0.113.9 --for 1d\n  sudo deadlight block 2001:db8:bad::/48 --comment \"ticket 4712\"",
+		Example: "  sudo deadlight block 203.0.113.9 --for 1d\n  sudo deadlight block 2001:db8:bad::/48 --comment ticket-4712",
 		Args:    oneAddress("block"),
 	}
 	f.add(c)

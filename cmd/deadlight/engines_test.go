@@ -275,7 +275,7 @@ func (h *engineHost) theirs() string {
 
 func (h *engineHost) ours() string {
 	h.t.Helper()
-	return h.prints("nft", "-a", "list", "table", "inet", "deadlight")
+	return withoutKnocks(h.prints("nft", "-a", "list", "table", "inet", "deadlight"))
 }
 
 // sees says which TCP ports of an address nmap finds open, and which answer at all.

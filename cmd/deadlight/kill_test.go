@@ -162,7 +162,7 @@ func tableOf(t *testing.T, l *lab) string {
 	if err := l.Command(t.Context(), []string{"nft", "-s", "list", "table", "inet", "deadlight"}, &out, os.Stderr); err != nil {
 		t.Fatalf("%v: the host has no table", err)
 	}
-	text := elementList.ReplaceAllStringFunc(strings.ReplaceAll(out.String(), "_alt", ""), func(s string) string {
+	text := elementList.ReplaceAllStringFunc(withoutKnocks(strings.ReplaceAll(out.String(), "_alt", "")), func(s string) string {
 		elements := strings.Split(elementList.FindStringSubmatch(s)[1], ",")
 		for i := range elements {
 			elements[i] = strings.Join(strings.Fields(elements[i]), " ")

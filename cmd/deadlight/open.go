@@ -32,7 +32,7 @@ rollback and a boot. deadlight remove forgets it. Opened again for the same
 addresses, it lasts the new time. Blocks win over it.
 
 PROTOCOL is tcp unless named, else udp or sctp.`,
-		Example: "  sudo deadlight open 8443/tcp --from 198.51.100.7 --for 2h --comment \"ticket 4711\"\n  sudo deadlight open 60001/udp --interface wg0 --for 1d",
+		Example: "  sudo deadlight open 8443/tcp --from 198.51.100.7 --for 2h --comment ticket-4711\n  sudo deadlight open 60001/udp --interface wg0 --for 1d",
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
 				return usageError("deadlight open 8443/tcp --from 198.51.100.7 --for 2h", "name one port")
