@@ -86,7 +86,7 @@ func readmeCommands(t *testing.T) map[string]covered {
 		"sudo deadlight init --from-observed":                                           {in: own + "testdata/script/observe.txtar", has: "\ndeadlight init --from-observed\n"},
 		"deadlight open 8443/tcp --for 2h --from 198.51.100.7":                          {as: "deadlight apply >/dev/null; deadlight open 8443/tcp --for 2h --from 198.51.100.7"},
 		"deadlight block 203.0.113.9 --for 1d":                                          {as: "deadlight apply >/dev/null; deadlight block 203.0.113.9 --for 1d"},
-		"deadlight verify --targets hosts.txt --resume hosts.journal":                   {in: own + "targets_test.go", has: "resume"},
+		"deadlight verify --targets hosts.txt --resume hosts.journal":                   {in: own + "targets_fleet_test.go", has: "--resume"},
 		".ci/run":                              {in: ".ci/run", has: "step tests"},
 		".ci/picture":                          {in: own + "readme_test.go", has: `.ci/picture"`},
 		"sudo .ci/compare":                     {in: own + "readme_test.go", has: `.ci/compare"`},
