@@ -453,7 +453,7 @@ func foldPorts(list string) string {
 
 func (r *Report) proofWords() string {
 	proof := fmt.Sprintf("Probes were sent from %s and answers counted. Canaries, packets that must be answered, travelled with them", r.Vantage)
-	if r.Bound > 0 {
+	if r.Bound > 0 && !r.exact {
 		proof += fmt.Sprintf("; from their loss the chance that any TCP answer was missed is at most %.0e.", r.Bound)
 	} else {
 		proof += "; every TCP probe was seen to arrive."

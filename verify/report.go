@@ -699,7 +699,7 @@ func (r *Report) restrictions(b *strings.Builder) {
 func (r *Report) conclusion(b *strings.Builder) {
 	took := time.Duration(r.Seconds * float64(time.Second)).Round(100 * time.Millisecond)
 	var proofs []string
-	if r.Bound > 0 || !r.exact {
+	if !r.exact { // else no loss of an answer could hide a port
 		proofs = append(proofs, fmt.Sprintf("chance that a TCP answer was missed ≤ %.0e", r.Bound))
 	}
 	if r.exact {
