@@ -302,22 +302,32 @@ func TestSoakWindowIsSeen(t *testing.T) {
 		}
 		texts = append(texts, b.String())
 	}
-	w := newWindow(t, all[0])
-	a := w.reloads(t, repetitions(50), func(i int) {
-		if err := w.host.Host(func() error {
-			cmd := exec.Command("nft", "-f", "-")
-			cmd.Stdin = strings.NewReader(texts[(i+1)%len(texts)])
-			out, err := cmd.CombinedOutput()
-			if err != nil {
-				err = fmt.Errorf("%w: %s", err, out)
-			}
-			return err
-		}); err != nil {
-			t.Fatal(err)
+	// How often the window opens under a packet depends on the machine: it is looked
+	// for until it is seen.
+	for round, seen := 0, false; !seen; round++ {
+		if round == 12 {
+			t.Fatal("nothing leaked and nothing was lost")
 		}
-	}, nil)
-	if a.Leaked == 0 && a.Failures == 0 && a.lost() == 0 {
-		t.Error("nothing leaked and nothing was lost")
+		t.Run(fmt.Sprint(round), func(t *testing.T) {
+			w := newWindow(t, all[0])
+			a := w.reloads(t, repetitions(50), func(i int) {
+				if err := w.host.Host(func() error {
+					cmd := exec.Command("nft", "-f", "-")
+					cmd.Stdin = strings.NewReader(texts[(i+1)%len(texts)])
+					out, err := cmd.CombinedOutput()
+					if err != nil {
+						err = fmt.Errorf("%w: %s", err, out)
+					}
+					return err
+				}); err != nil {
+					t.Fatal(err)
+				}
+			}, nil)
+			t.Logf("a long stall: %v", w.longStall())
+			seen = a.Leaked > 0 || a.Failures > 0 || a.lost() > 0
+		})
+		if t.Failed() {
+			return
+		}
 	}
-	t.Logf("a long stall: %v", w.longStall())
 }
