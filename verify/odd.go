@@ -201,6 +201,15 @@ func (o *odd) sources() []netip.Addr {
 	return out
 }
 
+// marks are those of all probes.
+func (o *odd) marks() []oddMark {
+	var out []oddMark
+	for _, x := range o.probes {
+		out = append(out, x.mark())
+	}
+	return out
+}
+
 func (x *oddProbe) mark() oddMark { return oddMark{x.dst.Is6(), x.tag} }
 
 // wanted reports whether a kind belongs to the run at all.

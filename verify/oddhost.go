@@ -133,7 +133,7 @@ func sendOdd(ctx context.Context, cfg HostConfig, e *entrance, s *surroundings, 
 		return nil, nil, err
 	}
 	if !cfg.PacketsOnly {
-		if run.witness, err = armOddWitness(cfg.Host, run.sources()); err != nil {
+		if run.witness, err = armOddWitness(cfg.Host, run.sources(), run.marks()); err != nil {
 			return nil, nil, err
 		}
 		defer func() { err = errors.Join(err, run.witness.remove()) }()

@@ -129,7 +129,7 @@ func (o *odd) rehearse(ctx context.Context, w *World, cfg RehearseConfig) (_ *od
 	}); err != nil {
 		return nil, err
 	}
-	if o.witness, err = armOddWitness(w.Host, o.sources()); err != nil {
+	if o.witness, err = armOddWitness(w.Host, o.sources(), o.marks()); err != nil {
 		return nil, err
 	}
 	if err := o.open(); err != nil {

@@ -10,8 +10,10 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -37,9 +39,9 @@ type oddProof struct {
 type oddWitness struct{ trip *Tripwire }
 
 // armOddWitness puts the table into the network namespace that in runs in. Only what
-// comes from some addresses is counted.
-func armOddWitness(in Runner, from []netip.Addr) (*oddWitness, error) {
-	trip, err := armTable(in, func(t *Tripwire) error { return t.composeOdd(from) })
+// comes from some addresses and bears one of some marks is counted.
+func armOddWitness(in Runner, from []netip.Addr, of []oddMark) (*oddWitness, error) {
+	trip, err := armTable(in, func(t *Tripwire) error { return t.composeOdd(from, of) })
 	if err != nil {
 		return nil, err
 	}
@@ -67,23 +69,39 @@ func marks() []struct {
 	}{{"4", unix.NFPROTO_IPV4, 4}, {"6", unix.NFPROTO_IPV6, 2}}
 }
 
-// composeOdd queues what counts odd probes, as one transaction.
-func (t *Tripwire) composeOdd(from []netip.Addr) error {
+// oddElements is how many elements one transaction adds: what fits into a socket of a
+// user without root.
+const oddElements = 1000
+
+// composeOdd makes what counts odd probes. The last part of it is queued: until there
+// are chains, nothing is counted.
+func (t *Tripwire) composeOdd(from []netip.Addr, of []oddMark) error {
 	if err := t.sendersOf(from); err != nil {
 		return err
 	}
-	families := []nftables.SetElement{{Key: []byte{unix.NFPROTO_IPV4}}, {Key: []byte{unix.NFPROTO_IPV6}}}
 	for _, place := range []string{oddArrived, oddWhole, oddGate, oddPassed} {
 		for _, m := range marks() {
-			// Two bytes, as a port has: the library knows no shorter integer. Every tag fits in.
-			if err := t.conn.AddSet(&nftables.Set{
-				Table: t.table, Name: place + m.suffix, KeyType: nftables.TypeInetService, Dynamic: true, Size: 1 << 16,
-			}, nil); err != nil {
+			// Two bytes, as a port has: the library knows no shorter integer.
+			set := &nftables.Set{Table: t.table, Name: place + m.suffix, KeyType: nftables.TypeInetService, Counter: true}
+			if err := t.conn.AddSet(set, nil); err != nil {
 				return err
 			}
-		}
-		if err := t.conn.AddSet(&nftables.Set{Table: t.table, Name: "lost_" + place, KeyType: nftables.TypeNFProto, Counter: true}, families); err != nil {
-			return err
+			// Every element is there before the first probe: a rule that adds one takes the memory
+			// of its counter from a reserve that a flood exhausts (mm/percpu.c, GFP_ATOMIC).
+			var elements []nftables.SetElement
+			for _, x := range of {
+				if x.ipv6 == (m.nfproto == unix.NFPROTO_IPV6) && x.tag != 0 {
+					elements = append(elements, nftables.SetElement{Key: binaryutil.BigEndian.PutUint16(x.tag)})
+				}
+			}
+			for part := range slices.Chunk(elements, oddElements) {
+				if err := t.conn.SetAddElements(set, part); err != nil {
+					return err
+				}
+				if err := t.conn.Flush(); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	for _, base := range []struct {
@@ -107,23 +125,13 @@ func (t *Tripwire) composeOdd(from []netip.Addr) error {
 	return nil
 }
 
-// countMarked adds the rules of one family. An add that fails, as memory is short,
-// ends its rule only, so that the packet comes to the last one and is counted as lost.
+// countMarked adds the rule of one family. What bears no mark of ours is none of them.
 func (t *Tripwire) countMarked(c *nftables.Chain, place, suffix string, nfproto byte, offset uint32) {
-	marked := func(then ...expr.Any) []expr.Any {
-		return append([]expr.Any{
-			&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg0},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: []byte{nfproto}},
-			&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 2, DestRegister: reg0},
-			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: []byte{0, 0}},
-		}, then...)
-	}
-	t.rule(c, marked(
-		&expr.Dynset{SrcRegKey: reg0, SetName: place + suffix, Operation: uint32(unix.NFT_DYNSET_OP_ADD), Exprs: []expr.Any{&expr.Counter{}}},
-		&expr.Verdict{Kind: expr.VerdictAccept})...)
-	t.rule(c, marked(
+	t.rule(c,
 		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg0},
-		&expr.Lookup{SourceRegister: reg0, SetName: "lost_" + place})...)
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: []byte{nfproto}},
+		&expr.Payload{Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 2, DestRegister: reg0},
+		&expr.Lookup{SourceRegister: reg0, SetName: place + suffix})
 }
 
 // counts reads what was counted at one place.
@@ -131,18 +139,12 @@ func (w *oddWitness) counts(place string) (oddCounts, error) {
 	out := oddCounts{}
 	for _, m := range marks() {
 		if err := w.trip.dump.each(place+m.suffix, 2, func(key []byte, packets uint64) {
-			out[oddMark{m.nfproto == unix.NFPROTO_IPV6, binary.BigEndian.Uint16(key)}] = packets
+			if packets > 0 {
+				out[oddMark{m.nfproto == unix.NFPROTO_IPV6, binary.BigEndian.Uint16(key)}] = packets
+			}
 		}); err != nil {
 			return nil, fmt.Errorf("read tripwire: %w", err)
 		}
-	}
-	// Last, so that no loss goes unseen that came while the sets were read.
-	var lost uint64
-	if err := w.trip.dump.each("lost_"+place, 1, func(_ []byte, packets uint64) { lost += packets }); err != nil {
-		return nil, fmt.Errorf("read tripwire: %w", err)
-	}
-	if lost > 0 {
-		return nil, fmt.Errorf("read tripwire: %w: %d packets", ErrTripwireFull, lost)
 	}
 	return out, nil
 }

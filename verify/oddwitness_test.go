@@ -105,7 +105,7 @@ func TestOddWitnessLeavesTheHostAlone(t *testing.T) {
 	w := newTestWorld(t, "eth0")
 	nft(t, w, "table inet own { chain in { type filter hook input priority 0; counter; }; }", "-f", "-")
 	before := nft(t, w, "", "list", "ruleset")
-	o, err := armOddWitness(w.Host, []netip.Addr{testSrc4, testSrc6})
+	o, err := armOddWitness(w.Host, []netip.Addr{testSrc4, testSrc6}, []oddMark{{false, 7}, {true, 9}})
 	if err != nil {
 		t.Fatal(err)
 	}
