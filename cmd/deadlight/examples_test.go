@@ -56,7 +56,7 @@ func ordinary(t *testing.T, cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 }
 
-// Every example passes try, as root and as an ordinary user.
+// Every example passes try by an ordinary user, and one by root.
 func TestTryExamples(t *testing.T) {
 	dir := public(t)
 	for _, name := range configs.Names() {
