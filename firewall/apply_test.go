@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -402,6 +403,47 @@ func TestChangedLimitEmptiesItsMeter(t *testing.T) {
 		mustApply(t, c, ruleset(t, policy(20)))
 		if held() {
 			t.Error("a changed limit left the meter as it was")
+		}
+	})
+}
+
+// However many sources a meter has counted, it is what was applied: only an element
+// with another limit is a difference.
+func TestManySourcesAreNoDrift(t *testing.T) {
+	inNamespace(t, func(t *testing.T) {
+		c := dial(t)
+		rs := ruleset(t, "[open.a]\nports = 80\nrate = { limit = \"10/hour\" }\nconnections = 3\n")
+		mustApply(t, c, rs)
+		var b strings.Builder
+		for i := range rules.LargeSet + 1 {
+			addr := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
+			fmt.Fprintf(&b, "add element inet deadlight open_a_rate4 { %v limit rate 10/hour burst 5 packets }\n", addr)
+		}
+		file := filepath.Join(t.TempDir(), "meter.nft")
+		if err := os.WriteFile(file, []byte(b.String()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		nft(t, "-f", file)
+		wanted, err := Meant(rs, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		check := func() []Difference {
+			_, diff, err := c.Check(wanted, Samples)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return diff
+		}
+		if diff := check(); len(diff) > 0 {
+			t.Errorf("%v", diff)
+		}
+		if res := mustApply(t, c, rs); len(res.Changed) > 0 {
+			t.Errorf("an apply of the same changed %v", res.Changed)
+		}
+		nft(t, "add element inet deadlight open_a_rate4 { 192.0.2.2 }")
+		if diff := check(); len(diff) != 1 || diff[0].Kind != "element" {
+			t.Errorf("an element put there by hand: %v", diff)
 		}
 	})
 }

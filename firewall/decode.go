@@ -139,7 +139,11 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 		if count := attrOf(attrs, nftaSetCount); count != nil {
 			set.count = int(be32(count))
 		}
-		if set.count > rules.LargeSet {
+		most := rules.LargeSet
+		if set.is(unix.NFT_SET_EVAL) {
+			most = rules.MeterSize // who lifts the limit of an address does so by an element
+		}
+		if set.count > most {
 			set.large = &largeState{count: set.count}
 		}
 	case unix.NFT_MSG_NEWSETELEM:

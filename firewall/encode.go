@@ -326,7 +326,7 @@ func (w *ruleWriter) add(e rules.Expr) {
 		w.load(e.Field)
 		if e.Bits > 0 {
 			size := uint32(4)
-			if e.Field == rules.IP6Saddr || e.Field == rules.IP6Daddr {
+			if e.Field == rules.IP6Saddr || e.Field == rules.IP6Daddr || e.Field == rules.CtOriginalIP6Daddr {
 				size = 16
 			}
 			w.emit(&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: size, Mask: net.CIDRMask(e.Bits, int(8*size)), Xor: make([]byte, size)})
@@ -474,6 +474,10 @@ func (w *ruleWriter) loadTo(to uint32, f rules.Field) {
 		w.emit(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: to})
 	case rules.CtOriginalProtoDst:
 		w.emit(&expr.Ct{Key: expr.CtKeyPROTODST, Register: to, OptDirection: true, Direction: rules.DirOriginal})
+	case rules.CtOriginalIPDaddr:
+		w.emit(&expr.Ct{Key: expr.CtKeyDSTIP, Register: to, OptDirection: true, Direction: rules.DirOriginal})
+	case rules.CtOriginalIP6Daddr:
+		w.emit(&expr.Ct{Key: expr.CtKeyDSTIP6, Register: to, OptDirection: true, Direction: rules.DirOriginal})
 	case rules.FibDaddrType:
 		w.emit(&expr.Fib{Register: to, ResultADDRTYPE: true, FlagDADDR: true})
 	case rules.MetaOifname:

@@ -294,12 +294,17 @@ interfaces = ["cni*", "cali*", "flannel*"]
 					out("named: a stranger to a service, by routing", w.tcp(src, 80).at(service)),
 					in("named: a listed NodePort", w.tcp(src, e.listed)), out("named: an unlisted NodePort", w.tcp(src, e.unlisted)),
 				)
-				// A limit: the address of a service is not one of this host. Whoever routes to
-				// it is judged behind the DNAT alone, where a port is listed or not.
-				w.apply(ruleset(t, e.listing()+"[open.web]\nports = 80\nfrom = [\"10.0.0.0/8\", \"2001:db8:f::/48\"]\n"))
+				// The address of a service is not one of this host, and still its sources are
+				// those of the rule that lists the port.
+				w.apply(ruleset(t, e.listing()+"[open.web]\nports = [80, 443]\nfrom = [\"192.0.2.0/24\", \"2001:db8:f::/48\"]\n"))
 				w.expect(t,
 					out("a stranger to a port that is listed for others", w.tcp(src, 80)),
-					in("the same at the address of a service", w.tcp(src, 80).at(service)),
+					out("the same at the address of a service", w.tcp(src, 80).at(service)),
+					out("the same at that of the API server", w.tcp(src, 443).at(service)),
+					in("a node at the address of a service", w.tcp(node, 80).at(service)),
+					in("a node at that of the API server", w.tcp(node, 443).at(service)),
+					in("a pod to a service", pod(80).at(service)),
+					out("a pod to the API server of this node, which is listed for others", pod(443).at(service)),
 				)
 			}
 		})

@@ -22,12 +22,14 @@ const (
 	chainBackstopFw = "backstop_forward"
 	chainSilence    = "silence"
 	chainEgress     = "egress"
+	chainRewritten  = "rewritten"
 	chainContainers = "container_route"
 	countReversed   = "c_reversed"
 	setPublished    = "published_if"
 	setDHCP         = "dhcp_if"
 	setLocalTypes   = "local_types"
 	setPorted       = "protocols_ported"
+	setPlain        = "protocols_listed"
 )
 
 // Compile turns a policy into the table that enforces it. It cannot fail: a
@@ -61,7 +63,9 @@ func Compile(p *Policy) *Ruleset {
 	if p.Default.Output != Accept {
 		chains = append(chains, c.egress(leaving))
 	}
+	chains = append(chains, c.rewritten(blocked, opened)...)
 	chains = append(chains, c.containerRoute()...)
+	chains = append(chains, c.charge()...)
 	chains = append(chains, c.knocked()...)
 	chains = append(chains, c.essentials()...)
 	chains = append(chains, c.chains...)
@@ -350,7 +354,9 @@ func (c *compiler) backstopInput() Chain {
 	}
 	r = append(r, c.dhcp(pass)...)
 	if c.policy.Default.IgnorePublished {
-		r = append(r, line("published", Match{Field: CtStatus, Number: StatusDNAT}, c.count(pass), accept()))
+		r = append(r, line("published", wasDNAT(), c.count(pass), accept()))
+	} else {
+		r = append(r, line("rewritten", wasDNAT(), jump(chainRewritten)), line("backstop", wasDNAT(), c.count("c_backstop_in"), drop()))
 	}
 	r = append(r, c.listed(pass)...)
 	if c.policy.Default.IgnorePublished {
@@ -387,7 +393,7 @@ func (c *compiler) listedSets() {
 		}
 	}
 	if codes := plainCodes(x); len(codes) > 0 {
-		c.sets = append(c.sets, Set{Name: "protocols_listed", Type: TypeProtocol, Codes: codes})
+		c.sets = append(c.sets, Set{Name: setPlain, Type: TypeProtocol, Codes: codes})
 	}
 }
 
@@ -404,7 +410,7 @@ func (c *compiler) listed(counter string) []Rule {
 			line("listed "+p.String(), state(StateUntracked), MatchSet{Field: dport(p), Set: listedSet(p)}, c.count(counter), accept()))
 	}
 	if len(plainCodes(&c.open.index)) > 0 {
-		r = append(r, line("listed protocols", MatchSet{Field: MetaL4proto, Set: "protocols_listed"}, c.count(counter), accept()))
+		r = append(r, line("listed protocols", MatchSet{Field: MetaL4proto, Set: setPlain}, c.count(counter), accept()))
 	}
 	return r
 }
@@ -430,34 +436,17 @@ func (c *compiler) trusted(i int, counter string) []Rule {
 func (c *compiler) backstopForward() Chain {
 	const pass = "c_backstop_pass"
 	d := c.policy.Default
-	dnat := Match{Field: CtStatus, Number: StatusDNAT}
 	r := c.replies(pass)
 	if d.IgnorePublished {
-		r = append(r, line("published", dnat, c.count(pass), accept()))
+		r = append(r, line("published", wasDNAT(), c.count(pass), accept()))
 	} else {
 		if len(c.policy.Published.Interfaces) > 0 && !d.DropForward {
 			from := MatchSet{Field: MetaIifname, Set: setPublished}
 			r = append(r, c.notReversed(from, MatchSet{Field: MetaOifname, Set: setPublished, Not: true})...)
 			r = append(r, line("from a container", from, c.count(pass), accept()))
 		}
-		for _, p := range portProtocols {
-			if len(c.open.index.ports[p]) > 0 {
-				r = append(r, line("listed "+p.String(), dnat, l4proto(p),
-					MatchSet{Field: CtOriginalProtoDst, Set: listedSet(p)}, c.count(pass), accept()))
-			}
-		}
-		for _, p := range []Protocol{ICMPv4, ICMPv6} {
-			r = append(r, line("judged by the gate", dnat, l4proto(p), c.count(pass), accept()))
-		}
-		if len(plainCodes(&c.open.index)) > 0 {
-			r = append(r, line("listed protocols", dnat, MatchSet{Field: MetaL4proto, Set: "protocols_listed"}, c.count(pass), accept()))
-		}
-		for _, i := range c.open.index.any {
-			for _, rule := range c.trusted(i, pass) {
-				r = append(r, line(rule.Comment, append([]Expr{dnat}, rule.Exprs...)...))
-			}
-		}
-		r = append(r, line("backstop", dnat, c.count("c_backstop_forward"), drop()))
+		r = append(r, line("rewritten", wasDNAT(), jump(chainRewritten)))
+		r = append(r, line("backstop", wasDNAT(), c.count("c_backstop_forward"), drop()))
 	}
 	base := &Base{Hook: Forward, Priority: backstopPriority, Accept: !d.DropForward}
 	if d.DropForward {

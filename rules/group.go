@@ -156,7 +156,9 @@ func (c *compiler) ruleChain(g *group, i int) {
 			continue
 		}
 		if !t.To.anywhere() {
-			miss(c.outside(name+"_to", &t.To, v4)...)
+			for _, m := range g.outside(c, t, v4) {
+				miss(m...)
+			}
 			c.addrSets(name+"_to"+familySuffix(v4), RangesOf(ofFamily(t.To.Ranges, v4)...))
 		}
 		c.ownSet(name+"_except", &t.Except, v4)
@@ -211,6 +213,7 @@ func (c *compiler) admission(o *Open) {
 	}
 	comment, name := "open "+o.Name, "open_"+o.Name
 	ch := Chain{Name: "admit_" + o.Name, Rules: []Rule{line(comment, state(StateEstablished), c.count(name), accept())}}
+	ch.Rules = append(ch.Rules, c.charged(comment, name)...)
 	for _, v4 := range []bool{true, false} {
 		if !o.Family.Has(v4) {
 			continue
@@ -247,6 +250,14 @@ func daddr(v4 bool) Field {
 		return IPDaddr
 	}
 	return IP6Daddr
+}
+
+// originalDaddr is the address as it stood on the wire.
+func originalDaddr(v4 bool) Field {
+	if v4 {
+		return CtOriginalIPDaddr
+	}
+	return CtOriginalIP6Daddr
 }
 
 // sources are the alternatives by which a packet comes from where a rule says:
@@ -334,19 +345,26 @@ func (c *compiler) matches(own string, s *Source, v4 bool) []Expr {
 	return out
 }
 
-// outside matches a packet that is of a family but whose destination is not among
-// a Source's addresses.
-func (c *compiler) outside(own string, s *Source, v4 bool) []Expr {
-	sets := append(c.lookups(own+familySuffix(v4), daddr(v4), RangesOf(ofFamily(s.Ranges, v4)...)), c.namedLookups(s, daddr(v4), v4)...)
-	if len(sets) == 0 {
-		return []Expr{nfproto(v4)}
+// outside are the alternatives by which a packet of a family does not go where a
+// rule says.
+func (g *group) outside(c *compiler, t *Traffic, v4 bool) [][]Expr {
+	none := func(field Field, e ...Expr) []Expr {
+		own := RangesOf(ofFamily(t.To.Ranges, v4)...)
+		for _, m := range append(c.lookups(g.chain(t)+"_to"+familySuffix(v4), field, own), c.namedLookups(&t.To, field, v4)...) {
+			m.Not = true
+			e = append(e, m)
+		}
+		return e
 	}
-	var out []Expr
-	for _, m := range sets {
-		m.Not = true
-		out = append(out, m)
+	to := none(daddr(v4))
+	switch {
+	case len(to) == 0:
+		return [][]Expr{{nfproto(v4)}}
+	case g.kind == "egress":
+		return [][]Expr{to}
 	}
-	return out
+	// These chains are asked behind a DNAT too. What is untracked has no original.
+	return [][]Expr{none(originalDaddr(v4)), none(daddr(v4), state(StateUntracked))}
 }
 
 // ownSet makes the set of the addresses that a rule names itself, where matches

@@ -59,9 +59,11 @@ from = "@long"
 except = "@short"
 to = ["@long", "@short", "192.0.2.1"]
 `+mixedSet("long", splitFrom/2)+mixedSet("short", splitFrom/2-1))
-	const want = `ip daddr != @open_a_to4 ip daddr != @set_long_4 ip daddr != @set_long_4_hosts ip daddr != @set_short_4 return comment "open a"
+	const want = `ct original ip daddr != @open_a_to4 ct original ip daddr != @set_long_4 ct original ip daddr != @set_long_4_hosts ct original ip daddr != @set_short_4 return comment "open a"
+ct state untracked ip daddr != @open_a_to4 ip daddr != @set_long_4 ip daddr != @set_long_4_hosts ip daddr != @set_short_4 return comment "open a"
 ip saddr @set_short_4 return comment "open a"
-ip6 daddr != @set_long_6 ip6 daddr != @set_long_6_hosts ip6 daddr != @set_short_6 return comment "open a"
+ct original ip6 daddr != @set_long_6 ct original ip6 daddr != @set_long_6_hosts ct original ip6 daddr != @set_short_6 return comment "open a"
+ct state untracked ip6 daddr != @set_long_6 ip6 daddr != @set_long_6_hosts ip6 daddr != @set_short_6 return comment "open a"
 ip6 saddr @set_short_6 return comment "open a"
 ip saddr @set_long_4 counter name "open_a" accept comment "open a"
 ip saddr @set_long_4_hosts counter name "open_a" accept comment "open a"

@@ -216,7 +216,7 @@ func (m Match) nft() string {
 func (m MatchSet) nft() string {
 	left, op := m.Field.String(), ""
 	if m.Bits > 0 {
-		left += " & " + netmask(m.Field == IPSaddr || m.Field == IPDaddr, m.Bits).String()
+		left += " & " + netmask(m.Field == IPSaddr || m.Field == IPDaddr || m.Field == CtOriginalIPDaddr, m.Bits).String()
 		op = "== " // nft writes it only here
 	}
 	if m.Not {

@@ -196,6 +196,8 @@ const (
 	MetaSkgid                       // meta skgid
 	TCPFlags                        // tcp flags
 	THDport                         // th dport: of any protocol with ports
+	CtOriginalIPDaddr               // ct original ip daddr
+	CtOriginalIP6Daddr              // ct original ip6 daddr
 )
 
 // String gives the nft name of the field.
@@ -204,7 +206,7 @@ func (f Field) String() string {
 		"iifname", "meta nfproto", "meta l4proto", "ip saddr", "ip daddr", "ip6 saddr", "ip6 daddr", "ip6 hoplimit",
 		"tcp dport", "udp sport", "udp dport", "sctp dport", "icmp type", "icmp code", "icmpv6 type", "icmpv6 code",
 		"ct state", "ct status", "ct direction", "ct original proto-dst", "fib daddr type", "fib daddr oifname",
-		"oifname", "meta skuid", "meta skgid", "tcp flags", "th dport",
+		"oifname", "meta skuid", "meta skgid", "tcp flags", "th dport", "ct original ip daddr", "ct original ip6 daddr",
 	}[f]
 }
 

@@ -86,8 +86,8 @@ func TestTrialSharesWhatIsTheSame(t *testing.T) {
 		},
 		"a changed set": {
 			trialSSH, strings.Replace(trialSSH, "10.0.0.1", "10.0.0.2", 1),
-			[]string{"set was_set_admins_4 {", "chain was_open_ssh {", "chain open_ssh {", "ip saddr @was_set_admins_4", "set open_ssh_rate4 {"},
-			[]string{"was_open_ssh_rate4", "was_admit_ssh", "was_tcp_listed", "was_backstop_in"},
+			[]string{"set was_set_admins_4 {", "chain was_open_ssh {", "chain open_ssh {", "ip saddr @was_set_admins_4", "set open_ssh_rate4 {", "goto was_backstop_in"},
+			[]string{"was_open_ssh_rate4", "was_admit_ssh", "was_tcp_listed", "was_charge"},
 		},
 		"a changed rate": {
 			trialSSH, strings.Replace(trialSSH, "10/minute", "20/minute", 1),

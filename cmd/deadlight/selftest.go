@@ -139,10 +139,12 @@ func breakages() []breakage {
 			redirect: &firewall.Redirect{From: redirectPort, To: 80},
 			edit: func(t *rules.Table) {
 				first(rule(port(redirectPort), accept), gate)(t)
-				for _, r := range chainOf(t, backstop).Rules {
-					for i, e := range r.Exprs {
-						if m, ok := e.(rules.MatchSet); ok && m.Set == "tcp_listed" {
-							r.Exprs[i] = rules.MatchSet{Field: rules.TCPDport, Set: m.Set}
+				for _, name := range []string{backstop, "rewritten"} {
+					for _, r := range chainOf(t, name).Rules {
+						for i, e := range r.Exprs {
+							if m, ok := e.(rules.MatchSet); ok && m.Field == rules.CtOriginalProtoDst && strings.HasPrefix(m.Set, "tcp_") {
+								r.Exprs[i] = rules.MatchSet{Field: rules.TCPDport, Set: m.Set}
+							}
 						}
 					}
 				}

@@ -280,6 +280,7 @@ func meanings() []counterJSON {
 		{Name: "c_invalid", Meaning: "dropped: no flow they could belong to"},
 		{Name: "c_spoofed", Meaning: "dropped: a loopback address from a wire"},
 		{Name: "c_container_route", Meaning: "dropped: to a container by its own address"},
+		{Name: "c_rewritten_dropped", Meaning: "dropped: sent on by a DNAT, and no rule opens it to them"},
 		{Name: "c_transit_dropped", Meaning: "dropped: to be sent on to another host"},
 		{Name: "c_egress_dropped", Meaning: "dropped: may not leave"},
 		{Name: "c_egress_rejected", Meaning: "rejected: may not leave"},
