@@ -143,8 +143,7 @@ ExecStart=/usr/local/sbin/listen tcp/80 echo/443 udp/51820 tcp/8080 udp/8080 tcp
 [Install]
 WantedBy=sysinit.target
 `)
-			// A gateway, by which answers to strangers leave.
-			m.write("etc/systemd/network/10-host0.network.d/gateway.conf", "[Network]\nGateway="+outside4+"\nGateway="+outside6+"\n")
+			m.gateway()
 			m.write("etc/systemd/system/report.service", `[Unit]
 After=network.target deadlight.service ufw.service firewalld.service nftables.service
 [Service]
@@ -170,6 +169,34 @@ WantedBy=multi-user.target
 	}
 }
 
+// gateway gives the host one, by which answers to strangers leave.
+func (m *machine) gateway() {
+	m.Helper()
+	m.write("etc/systemd/network/10-host0.network.d/gateway.conf", "[Network]\nGateway="+outside4+"\nGateway="+outside6+"\n")
+}
+
+// said is a line of a script that keeps what the n-th command says and how it ends.
+func said(n int, command string) string {
+	return fmt.Sprintf("{\n%s\n} >/report/said-%d 2>&1 </dev/null\necho $? >/report/code-%[2]d\n", command, n)
+}
+
+// went holds the end of the n-th command against what the README promises.
+func (m *machine) went(n int, command string) {
+	m.Helper()
+	words, code := m.report(fmt.Sprintf("said-%d", n)), strings.TrimSpace(m.report(fmt.Sprintf("code-%d", n)))
+	m.Logf("$ %s\n%s[%s]", command, words, code)
+	want := "0"
+	if strings.Contains(command, "deadlight plan") {
+		want = "1" // there is something to change
+	}
+	if code != want {
+		m.Errorf("%s: exit code %s, want %s", command, code, want)
+	}
+	if strings.Contains(command, "deadlight verify") && !strings.Contains(command, "deadlight-verify") && !regexp.MustCompile(`(?m)^PASS: `).MatchString(words) {
+		m.Errorf("%s: no PASS", command)
+	}
+}
+
 // moveScript is what the host does between two asks: the commands, each with its
 // time, what it says and how it ends.
 func moveScript(commands []string) string {
@@ -183,7 +210,7 @@ ask() {
 ask 1
 `)
 	for i, line := range commands {
-		fmt.Fprintf(&b, "date +%%s%%N >>/report/steps\n{\n%s\n} >/report/said-%d 2>&1 </dev/null\necho $? >/report/code-%d\n", line, i, i)
+		b.WriteString("date +%s%N >>/report/steps\n" + said(i, line))
 	}
 	b.WriteString(`date +%s%N >>/report/steps
 deadlight status >/report/status 2>&1
@@ -281,18 +308,8 @@ func (m *machine) moves(c moveCase) {
 	commands := moveCommands(m.T, c.name)
 	p, whole, up, steps := m.live(c, commands)
 	for i, line := range commands {
-		said, code := m.report(fmt.Sprintf("said-%d", i)), strings.TrimSpace(m.report(fmt.Sprintf("code-%d", i)))
-		m.Logf("%.2fs: $ %s\n%s[%s]", steps[i].Sub(up.from).Seconds(), line, said, code)
-		want := "0"
-		if strings.Contains(line, "deadlight plan") {
-			want = "1" // there is something to change
-		}
-		if code != want {
-			m.Errorf("%s: exit code %s, want %s", line, code, want)
-		}
-		if strings.Contains(line, "deadlight verify") && !regexp.MustCompile(`(?m)^PASS: `).MatchString(said) {
-			m.Errorf("%s: no PASS", line)
-		}
+		m.Logf("%.2fs:", steps[i].Sub(up.from).Seconds())
+		m.went(i, line)
 	}
 	m.undisturbed()
 	whole.from = up.from

@@ -266,6 +266,7 @@ type machine struct {
 	dir    string // root, report, kept state, the file of its network namespace
 	cgroup string
 	mac    net.HardwareAddr
+	during map[int]func() // what is done while the host waits at an ask
 }
 
 // newMachine has what .ci/debian-root makes of these words.
@@ -576,6 +577,7 @@ systemctl poweroff
 	answering := make(chan struct{})
 	go func() {
 		defer close(answering)
+		defer cancel() // who waits for an answer would do so for ever
 		asks = m.answerAsks(ctx, probes)
 	}()
 	console, err := m.power(ctx, args...)
@@ -652,6 +654,9 @@ func (m *machine) answerAsks(ctx context.Context, probes []*bootProbe) (asks [][
 			during[i] = p.answers.Load() - answers[i]
 		}
 		asks = append(asks, during)
+		if do := m.during[n]; do != nil {
+			do()
+		}
 		if err := os.WriteFile(m.path(fmt.Sprintf("report/done-%d", n)), nil, 0o644); err != nil {
 			m.Error(err)
 			return asks
