@@ -131,20 +131,18 @@ func TestMove(t *testing.T) {
 	if testing.Short() && os.Getenv("CI") == "" {
 		t.Skip("-short")
 	}
-	for _, c := range moveCases() {
-		t.Run(c.name, func(t *testing.T) {
-			m := newMachine(t, "firewalls")
-			m.install()
-			m.services()
-			m.write("etc/systemd/system/listen.service", `[Unit]
+	m := newMachine(t, "firewalls")
+	m.install()
+	m.services()
+	m.write("etc/systemd/system/listen.service", `[Unit]
 DefaultDependencies=no
 [Service]
 ExecStart=/usr/local/sbin/listen tcp/80 echo/443 udp/51820 tcp/8080 udp/8080 tcp/5432
 [Install]
 WantedBy=sysinit.target
 `)
-			m.gateway()
-			m.write("etc/systemd/system/report.service", `[Unit]
+	m.gateway()
+	m.write("etc/systemd/system/report.service", `[Unit]
 After=network.target deadlight.service ufw.service firewalld.service nftables.service
 [Service]
 Type=oneshot
@@ -153,7 +151,12 @@ ExecStart=/bin/bash /usr/local/sbin/report
 [Install]
 WantedBy=multi-user.target
 `)
-			m.output("install", "-D", "-m", "0644", "../../configs/etc/policy.toml", m.disk(policyFile)) // as the package does
+	m.output("install", "-D", "-m", "0644", "../../configs/etc/policy.toml", m.disk(policyFile)) // as the package does
+	for _, c := range moveCases() {
+		t.Run(c.name, func(t *testing.T) {
+			m.T = t
+			m.overlay()
+			m.clearReport()
 			c.prepare(m)
 			if t.Failed() {
 				return
@@ -162,8 +165,7 @@ WantedBy=multi-user.target
 				return
 			}
 			m.T = t
-			m.check(os.RemoveAll(m.path("report")))
-			m.check(os.Mkdir(m.path("report"), 0o755))
+			m.clearReport()
 			t.Run("reboot", func(t *testing.T) { m.T = t; m.lives(c) })
 		})
 	}

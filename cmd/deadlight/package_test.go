@@ -404,8 +404,7 @@ func TestPackage(t *testing.T) {
 		return
 	}
 	policy := m.report("policy")
-	m.check(os.RemoveAll(m.path("report")))
-	m.check(os.Mkdir(m.path("report"), 0o755))
+	m.clearReport()
 	m.check(os.WriteFile(m.path("report/policy"), []byte(policy), 0o644))
 
 	t.Run("verified again, upgraded, removed and purged", func(t *testing.T) {
