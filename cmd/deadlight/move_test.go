@@ -131,21 +131,18 @@ func TestMove(t *testing.T) {
 	if testing.Short() && os.Getenv("CI") == "" {
 		t.Skip("-short")
 	}
-	for _, c := range moveCases() {
-		t.Run(c.name, func(t *testing.T) {
-			m := newMachine(t, "firewalls")
-			m.install()
-			m.services()
-			m.write("etc/systemd/system/listen.service", `[Unit]
+	m := newMachine(t, "firewalls")
+	m.install()
+	m.services()
+	m.write("etc/systemd/system/listen.service", `[Unit]
 DefaultDependencies=no
 [Service]
 ExecStart=/usr/local/sbin/listen tcp/80 echo/443 udp/51820 tcp/8080 udp/8080 tcp/5432
 [Install]
 WantedBy=sysinit.target
 `)
-			// A gateway, by which answers to strangers leave.
-			m.write("etc/systemd/network/10-host0.network.d/gateway.conf", "[Network]\nGateway="+outside4+"\nGateway="+outside6+"\n")
-			m.write("etc/systemd/system/report.service", `[Unit]
+	m.gateway()
+	m.write("etc/systemd/system/report.service", `[Unit]
 After=network.target deadlight.service ufw.service firewalld.service nftables.service
 [Service]
 Type=oneshot
@@ -154,7 +151,12 @@ ExecStart=/bin/bash /usr/local/sbin/report
 [Install]
 WantedBy=multi-user.target
 `)
-			m.output("install", "-D", "-m", "0644", "../../configs/etc/policy.toml", m.disk(policyFile)) // as the package does
+	m.output("install", "-D", "-m", "0644", "../../configs/etc/policy.toml", m.disk(policyFile)) // as the package does
+	for _, c := range moveCases() {
+		t.Run(c.name, func(t *testing.T) {
+			m.T = t
+			m.overlay()
+			m.clearReport()
 			c.prepare(m)
 			if t.Failed() {
 				return
@@ -163,10 +165,37 @@ WantedBy=multi-user.target
 				return
 			}
 			m.T = t
-			m.check(os.RemoveAll(m.path("report")))
-			m.check(os.Mkdir(m.path("report"), 0o755))
+			m.clearReport()
 			t.Run("reboot", func(t *testing.T) { m.T = t; m.lives(c) })
 		})
+	}
+}
+
+// gateway gives the host one, by which answers to strangers leave.
+func (m *machine) gateway() {
+	m.Helper()
+	m.write("etc/systemd/network/10-host0.network.d/gateway.conf", "[Network]\nGateway="+outside4+"\nGateway="+outside6+"\n")
+}
+
+// said is a line of a script that keeps what the n-th command says and how it ends.
+func said(n int, command string) string {
+	return fmt.Sprintf("{\n%s\n} >/report/said-%d 2>&1 </dev/null\necho $? >/report/code-%[2]d\n", command, n)
+}
+
+// went holds the end of the n-th command against what the README promises.
+func (m *machine) went(n int, command string) {
+	m.Helper()
+	words, code := m.report(fmt.Sprintf("said-%d", n)), strings.TrimSpace(m.report(fmt.Sprintf("code-%d", n)))
+	m.Logf("$ %s\n%s[%s]", command, words, code)
+	want := "0"
+	if strings.Contains(command, "deadlight plan") {
+		want = "1" // there is something to change
+	}
+	if code != want {
+		m.Errorf("%s: exit code %s, want %s", command, code, want)
+	}
+	if strings.Contains(command, "deadlight verify") && !strings.Contains(command, "deadlight-verify") && !regexp.MustCompile(`(?m)^PASS: `).MatchString(words) {
+		m.Errorf("%s: no PASS", command)
 	}
 }
 
@@ -183,7 +212,7 @@ ask() {
 ask 1
 `)
 	for i, line := range commands {
-		fmt.Fprintf(&b, "date +%%s%%N >>/report/steps\n{\n%s\n} >/report/said-%d 2>&1 </dev/null\necho $? >/report/code-%d\n", line, i, i)
+		b.WriteString("date +%s%N >>/report/steps\n" + said(i, line))
 	}
 	b.WriteString(`date +%s%N >>/report/steps
 deadlight status >/report/status 2>&1
@@ -281,18 +310,8 @@ func (m *machine) moves(c moveCase) {
 	commands := moveCommands(m.T, c.name)
 	p, whole, up, steps := m.live(c, commands)
 	for i, line := range commands {
-		said, code := m.report(fmt.Sprintf("said-%d", i)), strings.TrimSpace(m.report(fmt.Sprintf("code-%d", i)))
-		m.Logf("%.2fs: $ %s\n%s[%s]", steps[i].Sub(up.from).Seconds(), line, said, code)
-		want := "0"
-		if strings.Contains(line, "deadlight plan") {
-			want = "1" // there is something to change
-		}
-		if code != want {
-			m.Errorf("%s: exit code %s, want %s", line, code, want)
-		}
-		if strings.Contains(line, "deadlight verify") && !regexp.MustCompile(`(?m)^PASS: `).MatchString(said) {
-			m.Errorf("%s: no PASS", line)
-		}
+		m.Logf("%.2fs:", steps[i].Sub(up.from).Seconds())
+		m.went(i, line)
 	}
 	m.undisturbed()
 	whole.from = up.from

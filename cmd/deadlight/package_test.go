@@ -4,11 +4,13 @@ import (
 	"archive/tar"
 	"bytes"
 	"debug/elf"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"maps"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -271,25 +273,46 @@ func checkVersion(t *testing.T, program []byte) {
 	}
 }
 
-// onHost is what the host of TestPackage does between its boots, and writes to
-// /report; see the places where that is read.
+// installCommands are those of the README that lead from the package to a verified
+// host: before its reboot and after it.
+func installCommands(t *testing.T) (before, after []string) {
+	t.Helper()
+	_, section, found := strings.Cut(readme(t), "\n### Packages\n")
+	_, section, foundToo := strings.Cut(section, "\n```sh\n")
+	if !found || !foundToo {
+		t.Fatal("README.md does not show how a package is installed")
+	}
+	block, _, _ := strings.Cut(section, "\n```")
+	for line := range strings.Lines(block) {
+		line, _, _ = strings.Cut(line, " #")
+		before = append(before, strings.TrimSpace(line))
+	}
+	reboot := slices.Index(before, "sudo reboot")
+	if reboot < 0 || reboot == len(before)-1 || !strings.HasPrefix(before[0], "sudo apt install ./") {
+		t.Fatalf("README.md does not lead from apt install to a host that was started again: %q", before)
+	}
+	return before[:reboot], before[reboot+1:]
+}
+
+// What the host of TestPackage does between its boots, and writes to /report; see
+// the places where that is read.
 const (
-	firstDay = `
-probe                                                       # ask 2: nothing of us
-apt-get install -y /opt/one.deb </dev/null >/report/installed 2>&1
+	freshly = `
 systemctl is-enabled deadlight.service deadlight-watch.service deadlight-verify.timer >/report/enabled
 systemctl is-active deadlight.service deadlight-watch.service deadlight-verify.timer >/report/active
 deadlight status --json >/report/fresh
-sleep 1; probe                                              # ask 3: installed
-systemctl enable --now deadlight.service
-sleep 1; probe                                              # ask 4: the starter policy
-printf '[open.web]\nports = 80\n' >>/etc/deadlight/policy.toml
-systemctl reload deadlight.service
-systemctl enable --now deadlight-watch.service
-sleep 1; probe                                              # ask 5: the admin's
+deadlight check --json >/report/starter
+probe                                                       # ask 2: installed
+`
+	lastly = `
+systemctl is-enabled deadlight.service deadlight-watch.service deadlight-verify.timer >/report/enabled-then
+systemctl is-active deadlight.service deadlight-watch.service deadlight-verify.timer >/report/active-then
 cp /etc/deadlight/policy.toml /report/policy
+probe                                                       # ask 3: the policy
 `
 	secondDay = `
+systemctl is-active deadlight.service deadlight-watch.service deadlight-verify.timer >/report/active
+deadlight status --json >/report/verified
 running() { systemctl show --property=ActiveState,InvocationID deadlight.service; }
 systemctl show --property=ActiveState,MainPID deadlight-watch.service >/report/watch-before
 running >/report/before
@@ -307,18 +330,20 @@ find /etc/systemd/system -name 'deadlight*' >/report/links
 systemctl is-active deadlight.service deadlight-watch.service >/report/inactive
 probe
 apt-get purge -y deadlight </dev/null >/report/purged 2>&1
-find / -xdev -name '*deadlight*' -not -path '/proc/*' -not -path '/sys/*' -not -path '/report/*' >/report/rest
+find / -xdev -name '*deadlight*' -not -path '/proc/*' -not -path '/sys/*' -not -path '/report/*' -not -path '/root/*' >/report/rest
 probe
 `
 )
 
-// TestPackage lives through the life of the package on a booted host: installed,
-// enabled, upgraded, removed, purged. The host is probed from outside all the
-// while, and from the first time that the policy is in force until the power is
-// off no port that it closes answers.
+// TestPackage lives through the life of the package on a host that boots with
+// nothing of us: it comes to be verified by the commands of the README, is started
+// and verified again, upgraded; then the package is removed and purged. The host is
+// probed from outside all the while, also by nmap: from the first time that the
+// policy is in force until the power is off no port that it closes answers.
 //
 // It needs what TestBoot needs.
 func TestPackage(t *testing.T) {
+	before, after := installCommands(t)
 	one := buildPackages(t, "../..", "1.0.0", runtime.GOARCH)
 	other := copyTree(t)
 	starter := filepath.Join(other, "configs/etc/policy.toml")
@@ -333,45 +358,75 @@ func TestPackage(t *testing.T) {
 
 	m := newMachine(t)
 	m.services()
-	m.check(os.MkdirAll(m.disk("opt"), 0o755))
-	m.output("cp", one["deadlight_1.0.0_"+runtime.GOARCH+".deb"], m.disk("opt/one.deb"))
-	m.output("cp", two["deadlight_1.0.1_"+runtime.GOARCH+".deb"], m.disk("opt/two.deb"))
+	m.gateway()
+	deb := "deadlight_1.0.0_" + runtime.GOARCH + ".deb"
+	m.output("cp", one[deb], m.disk("root/"+deb))
+	m.output("install", "-D", two["deadlight_1.0.1_"+runtime.GOARCH+".deb"], m.disk("opt/two.deb"))
+	// Where all are root sudo has nothing to do; the admin has a web server.
+	m.program("sudo", `exec "$@"`)
+	m.program("sudoedit", `printf '[open.web]\nports = 80\n' >>"$1"`)
 
-	t.Run("rpm", func(t *testing.T) {
+	t.Run("from apt install to verified", func(t *testing.T) {
 		m.T = t
-		m.livesAsRPM(one["deadlight-1.0.0-1."+rpmArch()+".rpm"], two["deadlight-1.0.1-1."+rpmArch()+".rpm"])
-	})
-	t.Run("installed and enabled", func(t *testing.T) {
-		m.T = t
-		r := m.boot(firstDay, "", false)
+		script := "cd /root\n"
+		for i, line := range before {
+			line = strings.ReplaceAll(line, "amd64", runtime.GOARCH)
+			if script += said(i, line); i == 0 {
+				script += freshly
+			}
+		}
+		m.during = map[int]func(){
+			2: func() { m.scan("closed", 22, 80, 8080) },
+			3: func() { m.scan("filtered", 22, 80) },
+		}
+		r := m.boot(script+lastly, "", false)
+		for i, line := range before {
+			m.went(i, line)
+		}
 		m.says("enabled", `^disabled\ndisabled\ndisabled\n$`)
 		m.says("active", `^inactive\ninactive\ninactive\n$`)
 		m.says("fresh", `"table": "absent"`)
+		var opens struct{ Opens []struct{ Port string } }
+		if err := json.Unmarshal([]byte(m.report("starter")), &opens); err != nil || len(opens.Opens) != 1 || opens.Opens[0].Port != "22" {
+			t.Errorf("the policy of the package opens %v: %v", opens, err)
+		}
+		m.says("enabled-then", `^enabled\nenabled\nenabled\n$`)
+		m.says("active-then", `^active\nactive\nactive\n$`)
 		all := []string{listed, rescue, unlisted, nobody, datagram}
-		for n, want := range map[int][]string{2: all, 3: all, 4: {rescue}, 5: {listed, rescue}} {
+		for n, want := range map[int][]string{1: all, 2: all, 3: {listed, rescue}} {
 			m.answered(n, r, want)
 		}
 		if t.Failed() {
-			t.Logf("console:\n%s\n%s", r.console, m.report("installed"))
+			t.Logf("console:\n%s", r.console)
 		}
 	})
 	if t.Failed() {
 		return
 	}
 	policy := m.report("policy")
-	m.check(os.RemoveAll(m.path("report")))
-	m.check(os.Mkdir(m.path("report"), 0o755))
+	m.clearReport()
 	m.check(os.WriteFile(m.path("report/policy"), []byte(policy), 0o644))
 
-	t.Run("upgraded, removed and purged", func(t *testing.T) {
+	t.Run("verified again, upgraded, removed and purged", func(t *testing.T) {
 		m.T = t
-		r := m.boot(secondDay, "", false)
+		script := ""
+		for i, line := range after {
+			script += said(i, line)
+		}
+		m.during = map[int]func(){1: func() { m.scan("filtered", 22, 80) }}
+		r := m.boot(script+secondDay, "", false)
+		m.during = nil
+		for i, line := range after {
+			m.went(i, line)
+		}
 		for _, p := range r.probes {
 			kind, _, _ := strings.Cut(p.name, "/")
 			if answers, want := p.answers.Load() > 0, kind == listed || kind == rescue; answers != want || p.sent.Load() == 0 {
 				t.Errorf("%s answered %d of %d times", p.name, p.answers.Load(), p.sent.Load())
 			}
 		}
+		m.says("active", `^active\nactive\nactive\n$`)
+		m.says("verified", `"verdict": "pass"`)
 		m.says("upgraded", `(?m)^Unpacking deadlight \(1\.0\.1\) over \(1\.0\.0\)`)
 		m.says("version", `^deadlight 1\.0\.1, `)
 		m.says("before", `^ActiveState=active\nInvocationID=[0-9a-f]{32}\n$`)
@@ -396,6 +451,38 @@ func TestPackage(t *testing.T) {
 			t.Logf("console:\n%s\n%s\n%s\n%s", r.console, m.report("upgraded"), m.report("removed"), m.report("purged"))
 		}
 	})
+	t.Run("rpm", func(t *testing.T) {
+		m.T = t
+		m.livesAsRPM(one["deadlight-1.0.0-1."+rpmArch()+".rpm"], two["deadlight-1.0.1-1."+rpmArch()+".rpm"])
+	})
+}
+
+// program puts a script for sh onto the disk.
+func (m *machine) program(name, text string) {
+	m.Helper()
+	m.write("usr/local/bin/"+name, "#!/bin/sh\n"+text+"\n")
+	m.check(os.Chmod(m.disk("usr/local/bin/"+name), 0o755))
+}
+
+// scan asks nmap, which shares nothing with us: of many ports these are open, the
+// rest is in another state.
+func (m *machine) scan(rest string, open ...uint16) {
+	m.Helper()
+	for _, host := range []string{host4, host6} {
+		states := nmap(m.T, netip.MustParseAddr(host), "-p", "1-1024,8080", "--min-rate", "1000", "--max-retries", "3")
+		if len(states) != 1025 {
+			m.Errorf("nmap tells of %d ports of %s", len(states), host)
+		}
+		for port, state := range states {
+			want := rest
+			if slices.Contains(open, port) {
+				want = "open"
+			}
+			if state != want {
+				m.Errorf("nmap finds %d/tcp of %s %s, not %s", port, host, state, want)
+			}
+		}
+	}
 }
 
 // rpmArch is what rpm calls the architecture of this machine.

@@ -99,29 +99,34 @@ func readmeCommands(t *testing.T) map[string]covered {
 		"sudo deadlight confirm":               {as: "deadlight apply >/dev/null; sed -i s/22/2222/ /etc/deadlight/policy.toml; deadlight apply --confirm 60s >/dev/null && deadlight confirm"},
 		"echo $?":                              {},
 		"sudo sed -i s/198.51.100.0/198.51.10.0/ /etc/deadlight/policy.toml": {},
-		"deadlight apply --confirm":        {as: "deadlight apply --confirm 60s"},
-		"deadlight apply --confirm 60s":    {},
-		"deadlight apply --verify":         {in: own + "testdata/script/apply-verify.txtar", has: "--verify b.toml"},
-		"deadlight plan":                   {code: exitFindings},
-		"deadlight drift --full":           {as: "deadlight apply >/dev/null; deadlight drift --full"},
-		"deadlight watch --heal":           {in: own + "testdata/script/watch.txtar", has: "watch --heal"},
-		"sudo deadlight verify":            {in: own + "testdata/script/verify-host.txtar", has: "deadlight verify"},
-		"deadlight verify --target":        {in: own + "outside_test.go", has: `"verify", l.policy, "--target"`},
-		"deadlight verify --target ADDR":   {in: own + "outside_test.go", has: `"verify", l.policy, "--target"`},
-		"deadlight verify --self-test":     {in: own + "testdata/script/verify.txtar", has: "exits 0 deadlight verify --self-test"},
-		"systemctl status deadlight":       boot("systemctl status"),
-		"systemctl reload deadlight":       boot("systemctl reload deadlight.service"),
-		"systemctl restart deadlight":      boot("systemctl stop deadlight.service && probe && systemctl start deadlight.service"),
-		"systemctl enable --now deadlight": boot(`"systemctl", "enable"`),
-		"nft list":                         {as: "nft list ruleset"},
-		"nft list ruleset":                 {},
-		"nft flush ruleset":                {},
-		"nft monitor":                      {as: "timeout 0.2 nft monitor; test $? = 124"},
-		"nft -f":                           {as: "deadlight show > $T/a.nft && nft -f $T/a.nft"},
-		"conntrack -F":                     {in: "firewall/flows_test.go", has: "conntrack forgets the flow"},
+		"deadlight apply --confirm":      {as: "deadlight apply --confirm 60s"},
+		"deadlight apply --verify":       {in: own + "testdata/script/apply-verify.txtar", has: "--verify b.toml"},
+		"deadlight plan":                 {code: exitFindings},
+		"sudo deadlight init":            {},
+		"deadlight drift --full":         {as: "deadlight apply >/dev/null; deadlight drift --full"},
+		"deadlight watch --heal":         {in: own + "testdata/script/watch.txtar", has: "watch --heal"},
+		"sudo deadlight verify":          {in: own + "testdata/script/verify-host.txtar", has: "deadlight verify"},
+		"deadlight verify --target":      {in: own + "outside_test.go", has: `"verify", l.policy, "--target"`},
+		"deadlight verify --target ADDR": {in: own + "outside_test.go", has: `"verify", l.policy, "--target"`},
+		"deadlight verify --self-test":   {in: own + "testdata/script/verify.txtar", has: "exits 0 deadlight verify --self-test"},
+		"systemctl status deadlight":     boot("systemctl status"),
+		"systemctl reload deadlight":     boot("systemctl reload deadlight.service"),
+		"systemctl restart deadlight":    boot("systemctl stop deadlight.service && probe && systemctl start deadlight.service"),
+		"nft list":                       {as: "nft list ruleset"},
+		"nft list ruleset":               {},
+		"nft flush ruleset":              {},
+		"nft monitor":                    {as: "timeout 0.2 nft monitor; test $? = 124"},
+		"nft -f":                         {as: "deadlight show > $T/a.nft && nft -f $T/a.nft"},
+		"conntrack -F":                   {in: "firewall/flows_test.go", has: "conntrack forgets the flow"},
 		"sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0": {in: "verify/isolate.go", has: "kernel.apparmor_restrict_unprivileged_userns=0"},
 		"sudo sysctl -w kernel.unprivileged_userns_clone=1":             {in: "verify/isolate.go", has: "kernel.unprivileged_userns_clone=1"},
 		"sudo sysctl -w user.max_user_namespaces=15000":                 {in: "verify/isolate.go", has: "user.max_user_namespaces"},
+	}
+	before, after := installCommands(t)
+	for _, line := range slices.Concat(before, []string{"sudo reboot"}, after) { // TestPackage runs them
+		if _, ok := known[line]; !ok {
+			known[line] = covered{in: own + "package_test.go", has: "installCommands(t)"}
+		}
 	}
 	for _, name := range []string{"ufw", "firewalld", "nftables"} {
 		for _, line := range moveCommands(t, name) { // TestMove runs them
@@ -199,7 +204,7 @@ func TestReadmeCommands(t *testing.T) {
 			continue
 		}
 		if strings.Contains(line, "deadlight ") && !strings.HasPrefix(line, ".ci/") && !strings.Contains(line, "go build") &&
-			!strings.HasPrefix(line, "systemctl") && !strings.Contains(line, " sed ") && !strings.Contains(c.in, "/move/") && !strings.HasSuffix(line, " --confirm") && !strings.HasSuffix(line, " --target") {
+			!strings.HasPrefix(line, "systemctl") && !strings.Contains(line, " sed ") && !strings.Contains(c.in, "/move/") && !strings.Contains(c.in, "package_test.go") && !strings.HasSuffix(line, " --confirm") && !strings.HasSuffix(line, " --target") {
 			if err := possible(strings.ReplaceAll(strings.ReplaceAll(line, "./cmd/deadlight", "deadlight"), "SHELL", "bash")); err != nil {
 				t.Errorf("%s: %v", line, err)
 			}

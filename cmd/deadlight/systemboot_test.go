@@ -266,6 +266,7 @@ type machine struct {
 	dir    string // root, report, kept state, the file of its network namespace
 	cgroup string
 	mac    net.HardwareAddr
+	during map[int]func() // what is done while the host waits at an ask
 }
 
 // newMachine has what .ci/debian-root makes of these words.
@@ -336,6 +337,18 @@ func (m *machine) mount(what, where, kind, options string) {
 			m.Errorf("unmount %s: %v", where, err)
 		}
 	})
+}
+
+// overlay takes what is written to the disk from now on, until the test ends.
+func (m *machine) overlay() {
+	m.Helper()
+	over := m.path("over")
+	m.check(os.MkdirAll(over, 0o755))
+	m.mount("tmpfs", over, "tmpfs", "size=300m,mode=0755")
+	for _, d := range []string{"upper", "work"} {
+		m.check(os.Mkdir(filepath.Join(over, d), 0o755))
+	}
+	m.mount("overlay", m.path("root"), "overlay", fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%[2]s/work", m.path("root"), over))
 }
 
 func (m *machine) chroot(args ...string) {
@@ -421,6 +434,12 @@ func (m *machine) restore() {
 	m.remove(failsafeFile)
 	m.remove(stateDir)
 	m.output("cp", "-a", m.path("kept/state"), m.disk(stateDir))
+	m.clearReport()
+}
+
+// clearReport forgets what the host wrote.
+func (m *machine) clearReport() {
+	m.Helper()
 	m.check(os.RemoveAll(m.path("report")))
 	m.check(os.Mkdir(m.path("report"), 0o755))
 }
@@ -576,12 +595,13 @@ systemctl poweroff
 	answering := make(chan struct{})
 	go func() {
 		defer close(answering)
+		defer cancel() // who waits for an answer would do so for ever
 		asks = m.answerAsks(ctx, probes)
 	}()
 	console, err := m.power(ctx, args...)
 	cancel()
 	<-answering
-	last := probes[0].sent.Load() + 20 // the power is off
+	last := probes[0].sent.Load() + 10 // the power is off
 	for probes[0].sent.Load() < last {
 		time.Sleep(time.Millisecond)
 	}
@@ -621,7 +641,7 @@ exec systemd-nspawn "$@"`, filepath.Base(m.cgroup)}, args...)...)
 // answerAsks lets the host go on once every port was probed often enough since
 // it asked, and some port answered. It gives the answers to each ask.
 func (m *machine) answerAsks(ctx context.Context, probes []*bootProbe) (asks [][]int64) {
-	const enough = 50
+	const enough = 20
 	for n := 1; ; n++ {
 		for !m.has(fmt.Sprintf("report/ask-%d", n)) {
 			if !pause(ctx) {
@@ -652,6 +672,9 @@ func (m *machine) answerAsks(ctx context.Context, probes []*bootProbe) (asks [][
 			during[i] = p.answers.Load() - answers[i]
 		}
 		asks = append(asks, during)
+		if do := m.during[n]; do != nil {
+			do()
+		}
 		if err := os.WriteFile(m.path(fmt.Sprintf("report/done-%d", n)), nil, 0o644); err != nil {
 			m.Error(err)
 			return asks
@@ -721,7 +744,7 @@ func startProbes() (probes []*bootProbe, stop func()) {
 // ask sends one packet. Whatever comes back is an answer, a refusal too.
 func (p *bootProbe) ask() {
 	p.sent.Add(1)
-	const patience = 400 * time.Millisecond // less than a retransmission takes
+	const patience = 200 * time.Millisecond // less than a retransmission takes
 	c, err := net.DialTimeout(p.network, p.addr, patience)
 	if err == nil {
 		if p.network == "udp" {
