@@ -61,6 +61,7 @@ func (e *encoded) elements(table, name string, s *rules.Set) []message {
 		return nil // its time is over
 	}
 	w := elementWriter{table: table, name: name, set: s, left: left, typ: unix.NFT_MSG_NEWSETELEM, flags: unix.NLM_F_CREATE, what: "elements"}
+	w.bans(s.Bans, e.now)
 	w.all()
 	return w.out
 }
@@ -221,7 +222,7 @@ func encodeSet(table, name string, s *rules.Set) message {
 	if s.Meter {
 		flags |= unix.NFT_SET_EVAL
 	}
-	if s.MeterTimeout > 0 || !s.Until.IsZero() {
+	if s.Timed() {
 		flags |= unix.NFT_SET_TIMEOUT
 	}
 	kt := dataType(s.Type)
