@@ -78,12 +78,7 @@ func (e *encoded) content(set string) *rules.Set {
 
 // small gives all messages but the elements of large sets, in the order in which
 // an empty table can take them. Objects stand first: rules name them.
-func (e *encoded) small() []message { return e.list(func(s *rules.Set) bool { return !s.Large() }) }
-
-// all gives all messages.
-func (e *encoded) all() []message { return e.list(func(*rules.Set) bool { return true }) }
-
-func (e *encoded) list(whole func(*rules.Set) bool) []message {
+func (e *encoded) small() []message {
 	out := []message{e.table}
 	for _, o := range e.objects {
 		out = append(out, o.message)
@@ -95,7 +90,7 @@ func (e *encoded) list(whole func(*rules.Set) bool) []message {
 		out = append(out, s.message)
 	}
 	for _, s := range e.sets {
-		if whole(s.set) {
+		if !s.set.Large() {
 			out = append(out, e.elements(rules.TableName, s.set.Name, s.set)...)
 		}
 	}
