@@ -1,9 +1,11 @@
 package firewall
 
 import (
-	"encoding/json"
+	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -67,15 +69,16 @@ func (s *Snapshot) Ends(t *rules.Temporary) (end time.Time, there bool) {
 // read and written more often than they change, and must not grow with them.
 func isBan(t Temporary) bool { return t.IsBan() }
 
-// putBans writes the bans of a record into a blob of their own.
+// putBans writes the bans of a record into a blob of their own, a line each.
 func (s *State) putBans(r *Record) error {
-	list := slices.DeleteFunc(slices.Clone(r.Temporary), func(t Temporary) bool { return !isBan(t) })
-	if r.Bans = ""; len(list) == 0 {
-		return nil
+	var b []byte
+	for i := range r.Temporary {
+		if t := &r.Temporary[i]; isBan(*t) {
+			b = appendBan(b, t)
+		}
 	}
-	b, err := json.Marshal(list)
-	if err != nil {
-		return s.failed(indexNext, err)
+	if r.Bans = ""; len(b) == 0 {
+		return nil
 	}
 	r.Bans = digest(b)
 	return s.putBlob(r.Bans, int64(len(b)), b)
@@ -90,10 +93,69 @@ func (s *State) withBans(r *Record) error {
 	if err != nil {
 		return err
 	}
-	var list []Temporary
-	if err := json.Unmarshal(b, &list); err != nil {
-		return s.failed(r.Bans+blobEnd, fmt.Errorf("%w: %w", ErrStateDamaged, err))
+	for line := range strings.Lines(string(b)) {
+		t, err := banOf(line)
+		if err != nil {
+			return s.failed(r.Bans+blobEnd, fmt.Errorf("%w: %w", ErrStateDamaged, err))
+		}
+		r.Temporary = append(r.Temporary, t)
 	}
-	r.Temporary = append(r.Temporary, list...)
 	return nil
+}
+
+// appendBan writes a ban as a line: its address, its end and its beginning in
+// milliseconds of Unix time (no end: 0), and quoted its name, who made it, and why.
+func appendBan(b []byte, t *Temporary) []byte {
+	b = append(t.From[0].Lo.AppendTo(b), ' ')
+	end := int64(0)
+	if !t.Expires.IsZero() {
+		end = t.Expires.UnixMilli()
+	}
+	for _, n := range []int64{end, t.Begun.UnixMilli()} {
+		b = append(strconv.AppendInt(b, n, 10), ' ')
+	}
+	for _, s := range []string{t.Name, t.By, t.Comment} {
+		b = append(strconv.AppendQuote(b, s), ' ')
+	}
+	b[len(b)-1] = '\n'
+	return b
+}
+
+// banOf reads what appendBan wrote.
+func banOf(line string) (Temporary, error) {
+	t := Temporary{Temporary: rules.Temporary{Block: true}}
+	bad := func(err error) (Temporary, error) { return t, fmt.Errorf("no block of an address: %q: %w", line, err) }
+	var words [3]string
+	rest := line
+	for i := range words {
+		words[i], rest, _ = strings.Cut(rest, " ")
+	}
+	a, err := netip.ParseAddr(words[0])
+	if err != nil {
+		return bad(err)
+	}
+	t.From = []rules.AddrRange{{Lo: a, Hi: a}}
+	for i, into := range []*time.Time{&t.Expires, &t.Begun} {
+		n, err := strconv.ParseInt(words[1+i], 10, 64)
+		if err != nil {
+			return bad(err)
+		}
+		if n != 0 || into == &t.Begun {
+			*into = time.UnixMilli(n).UTC()
+		}
+	}
+	for _, into := range []*string{&t.Name, &t.By, &t.Comment} {
+		quoted, err := strconv.QuotedPrefix(rest)
+		if err == nil {
+			*into, err = strconv.Unquote(quoted)
+		}
+		if err != nil {
+			return bad(err)
+		}
+		rest = strings.TrimPrefix(rest[len(quoted):], " ")
+	}
+	if rest != "\n" {
+		return bad(errors.New("more or less than a line"))
+	}
+	return t, nil
 }
