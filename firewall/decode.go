@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -72,9 +73,17 @@ type largeState struct {
 type element struct {
 	start, end string // canonical attributes; end is "" where there is none
 	vanishes   bool
+	until      time.Time // of a ban that vanishes: when
 }
 
 func (s *setState) is(flag uint32) bool { return s.flags&flag != 0 }
+
+// bans reports whether each element of the set has an end of its own. Other sets that
+// end are no longer than a family: see [rules.Set.Until].
+func (s *setState) bans() bool {
+	n := attrNumber([]byte(s.definition), unix.NFTA_SET_KEY_LEN)
+	return s.is(unix.NFT_SET_TIMEOUT) && !s.is(unix.NFT_SET_EVAL) && n >= net.IPv4len
+}
 
 type objectState struct {
 	name string
@@ -143,7 +152,7 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 		if set.is(unix.NFT_SET_EVAL) {
 			most = rules.MeterSize // who lifts the limit of an address does so by an element
 		}
-		if set.count > most {
+		if set.count > most && !set.bans() {
 			set.large = &largeState{count: set.count}
 		}
 	case unix.NFT_MSG_NEWSETELEM:
@@ -157,6 +166,11 @@ func (s *Snapshot) add(typ uint16, attrs []byte) error {
 			if left := timeLeft(el); left > 0 {
 				e.vanishes = true
 				end := s.at.Add(left)
+				if set.bans() {
+					e.until = end
+					set.elements = append(set.elements, e)
+					continue
+				}
 				if set.first.IsZero() || end.Before(set.first) {
 					set.first = end
 				}

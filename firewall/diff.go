@@ -63,7 +63,7 @@ func Diff(is, wanted *Snapshot) []Difference {
 			return append(out, diffRules(name, a.rules, b.rules, is.ruleText, wanted.ruleText)...)
 		})...)
 	out = append(out, diffMaps("set", is.sets, wanted.sets, (*setState).String, func(name string, a, b *setState) []Difference {
-		return diffSets(name, a, b.aged(is.at, a))
+		return diffSets(name, a, b.aged(is.at, a), is.at)
 	})...)
 	out = append(out, diffMaps("object", is.objects, wanted.objects, objectState.String, func(name string, a, b objectState) []Difference {
 		if a != b {
@@ -98,7 +98,8 @@ func (o objectState) String() string {
 	return objectText(attr(attr32(nil, unix.NFTA_OBJ_TYPE, o.typ), unix.NFTA_OBJ_DATA, []byte(o.data)))
 }
 
-func diffSets(name string, a, b *setState) []Difference {
+// diffSets compares a set at a time with what it should be.
+func diffSets(name string, a, b *setState, now time.Time) []Difference {
 	differ := []Difference{{"change", "set", name, a.String(), b.String()}}
 	switch {
 	case a.definition != b.definition:
@@ -108,7 +109,7 @@ func diffSets(name string, a, b *setState) []Difference {
 		differ[0].After += b.endText()
 		return differ
 	case a.large == nil && b.large == nil:
-		return diffElements(name, a, b)
+		return diffElements(name, a, b, now)
 	case a.large == nil || b.large == nil || a.large.digest != b.large.digest ||
 		a.large.count != b.large.count && a.large.count >= 0 && b.large.count >= 0:
 		return differ
@@ -247,32 +248,53 @@ func commonRules(a, b []string) [][2]int {
 
 // diffElements names the elements that one set has and the other has not, or has
 // with another verdict.
-func diffElements(set string, is, wanted *setState) []Difference {
+func diffElements(set string, is, wanted *setState, now time.Time) []Difference {
 	var out []Difference
 	text := func(s *setState, e element) string {
-		return elementText([]byte(s.definition), []byte(e.start), []byte(e.end))
+		out := elementText([]byte(s.definition), []byte(e.start), []byte(e.end))
+		if !e.until.IsZero() {
+			out += " until " + e.until.UTC().Format(time.RFC3339)
+		}
+		return out
 	}
 	name := func(s *setState, e element) string {
-		what, _, _ := strings.Cut(text(s, e), " : ")
+		what, _, _ := strings.Cut(elementText([]byte(s.definition), []byte(e.start), []byte(e.end)), " : ")
 		return what + " of set " + set
 	}
 	a, b := is.elements, wanted.elements
 	for len(a) > 0 || len(b) > 0 {
 		switch {
-		case len(a) > 0 && len(b) > 0 && a[0] == b[0]:
+		case len(a) > 0 && len(b) > 0 && a[0].same(b[0]):
 			a, b = a[1:], b[1:]
 		case len(a) > 0 && len(b) > 0 && a[0].key() == b[0].key() && a[0].isEnd() == b[0].isEnd():
 			out = append(out, Difference{"change", "element", name(is, a[0]), text(is, a[0]), text(wanted, b[0])})
 			a, b = a[1:], b[1:]
 		case len(b) == 0 || len(a) > 0 && precedes(a[0], b[0]):
-			out = append(out, Difference{"remove", "element", name(is, a[0]), text(is, a[0]), ""})
+			if !a[0].ending(now) {
+				out = append(out, Difference{"remove", "element", name(is, a[0]), text(is, a[0]), ""})
+			}
 			a = a[1:]
 		default:
-			out = append(out, Difference{"add", "element", name(wanted, b[0]), "", text(wanted, b[0])})
+			if !b[0].ending(now) {
+				out = append(out, Difference{"add", "element", name(wanted, b[0]), "", text(wanted, b[0])})
+			}
 			b = b[1:]
 		}
 	}
 	return out
+}
+
+// same reports whether two elements are the same and end together.
+func (e element) same(o element) bool {
+	near := e.until.IsZero() == o.until.IsZero() && e.until.Sub(o.until).Abs() <= clockSlack
+	e.until, o.until = time.Time{}, time.Time{}
+	return near && e == o
+}
+
+// ending reports whether a ban is over, or so near its end that either answer of the
+// kernel is right.
+func (e element) ending(now time.Time) bool {
+	return !e.until.IsZero() && e.until.Before(now.Add(clockSlack))
 }
 
 // precedes is the order of [Snapshot.finish].

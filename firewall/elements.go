@@ -29,7 +29,7 @@ type elementWriter struct {
 
 const largestAttr = 1<<16 - 1<<10 // leaves room for an element and for the head
 
-// all writes every element of the set.
+// all writes every element of the set but its bans.
 func (w *elementWriter) all() {
 	s := w.set
 	target := func(i int) string {
@@ -105,6 +105,15 @@ func (w *elementWriter) addresses(n int, at func(i int) rules.AddrRange) {
 
 func (w *elementWriter) ranges(list []rules.AddrRange) {
 	w.addresses(len(list), func(i int) rules.AddrRange { return list[i] })
+}
+
+// bans writes addresses that each have an end of their own, but those that are over.
+func (w *elementWriter) bans(list []rules.Ban, now time.Time) {
+	for i := range list {
+		if left := list[i].Left(now); left != 0 {
+			w.element(list[i].Addr.AsSlice(), 0, "", left)
+		}
+	}
 }
 
 func (w *elementWriter) addressRange(r rules.AddrRange) {

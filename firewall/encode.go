@@ -61,6 +61,7 @@ func (e *encoded) elements(table, name string, s *rules.Set) []message {
 		return nil // its time is over
 	}
 	w := elementWriter{table: table, name: name, set: s, left: left, typ: unix.NFT_MSG_NEWSETELEM, flags: unix.NLM_F_CREATE, what: "elements"}
+	w.bans(s.Bans, e.now)
 	w.all()
 	return w.out
 }
@@ -77,12 +78,7 @@ func (e *encoded) content(set string) *rules.Set {
 
 // small gives all messages but the elements of large sets, in the order in which
 // an empty table can take them. Objects stand first: rules name them.
-func (e *encoded) small() []message { return e.list(func(s *rules.Set) bool { return !s.Large() }) }
-
-// all gives all messages.
-func (e *encoded) all() []message { return e.list(func(*rules.Set) bool { return true }) }
-
-func (e *encoded) list(whole func(*rules.Set) bool) []message {
+func (e *encoded) small() []message {
 	out := []message{e.table}
 	for _, o := range e.objects {
 		out = append(out, o.message)
@@ -94,7 +90,7 @@ func (e *encoded) list(whole func(*rules.Set) bool) []message {
 		out = append(out, s.message)
 	}
 	for _, s := range e.sets {
-		if whole(s.set) {
+		if !s.set.Large() {
 			out = append(out, e.elements(rules.TableName, s.set.Name, s.set)...)
 		}
 	}
@@ -221,7 +217,7 @@ func encodeSet(table, name string, s *rules.Set) message {
 	if s.Meter {
 		flags |= unix.NFT_SET_EVAL
 	}
-	if s.MeterTimeout > 0 || !s.Until.IsZero() {
+	if s.Timed() {
 		flags |= unix.NFT_SET_TIMEOUT
 	}
 	kt := dataType(s.Type)

@@ -37,7 +37,7 @@ func benchmarkHeal(b *testing.B, rs *rules.Ruleset) {
 	var listener *net.UDPConn
 	var witness *Monitor
 	w.inHost(func() (err error) {
-		if witness, err = DialMonitor(nil, rules.TableName); err != nil {
+		if witness, err = dialMonitor(nil, rules.TableName, monitorBuffer); err != nil {
 			return err
 		}
 		listener, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4zero, Port: 9999})

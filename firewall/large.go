@@ -103,7 +103,7 @@ func (c *Conn) differences(is, wanted *Snapshot, content func(set string) *rules
 	}
 	for _, name := range sortedKeys(wanted.sets) {
 		w, s := wanted.sets[name], is.sets[name]
-		if w.large == nil || s == nil || len(diffSets(name, s, w)) > 0 {
+		if w.large == nil || s == nil || len(diffSets(name, s, w, is.at)) > 0 {
 			continue
 		}
 		set := content(name)

@@ -64,12 +64,8 @@ func (b *Batch) Urgent() bool {
 // while we are busy. The kernel takes the memory only while it is in use.
 const monitorBuffer = 32 << 20
 
-// DialMonitor opens a Monitor for a table of the inet family, in the namespace
-// that [Dial] would go to.
-func DialMonitor(ns *os.File, table string) (*Monitor, error) {
-	return dialMonitor(ns, table, monitorBuffer)
-}
-
+// dialMonitor opens a Monitor for a table of the inet family, in the namespace
+// that [Dial] would go to, with so many bytes of room for events.
 func dialMonitor(ns *os.File, table string, buffer int) (*Monitor, error) {
 	c, err := Dial(ns)
 	if err != nil {

@@ -89,6 +89,7 @@ type Record struct {
 	Back     *Back     `json:"back,omitempty"`    // the last trial that came back to this
 
 	Temporary []Temporary `json:"temporary,omitempty"` // rules beside the policy, those that have ended among them
+	Bans      string      `json:"bans,omitempty"`      // SHA-256 of those of Temporary that are bans, which no index holds
 
 	Version int    `json:"-"`        // of the format it was read from
 	Table   string `json:"snapshot"` // SHA-256 of the snapshot
@@ -330,7 +331,7 @@ func (s *State) record(name string) (*Record, error) {
 	if err := r.Snapshot.UnmarshalBinary(raw); err != nil {
 		return nil, s.failed(r.Table+blobEnd, fmt.Errorf("%w: %w", ErrStateDamaged, err))
 	}
-	return r, nil
+	return r, s.withBans(r)
 }
 
 // index reads a record without its blobs.
@@ -422,6 +423,9 @@ func (s *State) Stage(r *Record) error {
 	}
 	r.Version, r.Table = stateVersion, digest(table)
 	if err := s.putBlob(r.Table, int64(len(table)), table); err != nil {
+		return errors.Join(err, s.sweep())
+	}
+	if err := s.putBans(r); err != nil {
 		return errors.Join(err, s.sweep())
 	}
 	for _, src := range r.Sources {
@@ -565,7 +569,9 @@ func (s *State) putBlob(sum string, size int64, data []byte) error {
 }
 
 func (s *State) putIndex(name string, r *Record) error {
-	raw, err := json.Marshal(r)
+	index := *r
+	index.Temporary = slices.DeleteFunc(slices.Clone(r.Temporary), isBan)
+	raw, err := json.Marshal(&index)
 	if err != nil {
 		return s.failed(name, err)
 	}
@@ -640,7 +646,7 @@ func (s *State) sweep() error {
 		case err != nil:
 			return err
 		}
-		used[r.Table+blobEnd] = true
+		used[r.Table+blobEnd], used[r.Bans+blobEnd] = true, true
 		for _, src := range r.Sources {
 			used[src.SHA256+blobEnd] = true
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -696,5 +697,35 @@ func BenchmarkState(b *testing.B) {
 		}
 		r.Sources = append(r.Sources, NewSource("list.txt", text))
 		apply(b, s, r, 2)
+	}
+}
+
+// A ban is kept with all that is said of it; a line of another shape is damage.
+func TestBanLines(t *testing.T) {
+	at := time.Date(2026, 11, 21, 12, 0, 0, int(7*time.Millisecond), time.UTC)
+	var list []Temporary
+	for _, addr := range []string{"192.0.2.1", "2001:db8::1", "255.255.255.255"} {
+		for _, end := range []time.Time{{}, at.Add(time.Hour)} {
+			for _, word := range []string{"", "ticket 4711", "a \"b\" \\ c", "ä\u2028"} {
+				a := netip.MustParseAddr(addr)
+				list = append(list, Temporary{
+					Temporary: rules.Temporary{Name: "tmp-hosts", Block: true, From: []rules.AddrRange{{Lo: a, Hi: a}}, Expires: end, Comment: word},
+					By:        "o " + word, Begun: at.Truncate(time.Second),
+				})
+			}
+		}
+	}
+	for i := range list {
+		line := string(appendBan(nil, &list[i]))
+		got, err := banOf(line)
+		if err != nil || strings.Count(line, "\n") != 1 || !reflect.DeepEqual(got, list[i]) {
+			t.Errorf("%q: %+v, %v, want %+v", line, got, err, list[i])
+		}
+		for _, bad := range []string{line[:len(line)-1], line[1:], "x" + line, line + " ", line[:len(line)/2], strings.Replace(line, " ", "", 1)} {
+			// Of an address, less or more may be another one.
+			if got, err := banOf(bad); err == nil && got.From[0] == list[i].From[0] {
+				t.Errorf("%q is read as %+v", bad, got)
+			}
+		}
 	}
 }

@@ -39,6 +39,7 @@ type storedSet struct {
 type storedElement struct {
 	Start, End string
 	Vanishes   bool
+	Until      time.Time // of a ban
 }
 
 type storedLarge struct {
@@ -71,7 +72,7 @@ func (s *Snapshot) MarshalBinary() ([]byte, error) {
 		set := s.sets[name]
 		o := storedSet{Name: name, Definition: set.definition, Flags: set.flags, Count: set.count, First: set.first, Last: set.last}
 		for _, e := range set.elements {
-			o.Elements = append(o.Elements, storedElement{e.start, e.end, e.vanishes})
+			o.Elements = append(o.Elements, storedElement{e.start, e.end, e.vanishes, e.until})
 		}
 		if set.large != nil {
 			o.Large = &storedLarge{set.large.digest, set.large.count}
@@ -107,7 +108,7 @@ func (s *Snapshot) UnmarshalBinary(b []byte) error {
 	for _, set := range in.Sets {
 		o := &setState{definition: set.Definition, flags: set.Flags, count: set.Count, first: set.First, last: set.Last}
 		for _, e := range set.Elements {
-			o.elements = append(o.elements, element{e.Start, e.End, e.Vanishes})
+			o.elements = append(o.elements, element{e.Start, e.End, e.Vanishes, e.Until})
 		}
 		if set.Large != nil {
 			o.large = &largeState{set.Large.Digest, set.Large.Count}

@@ -16,12 +16,9 @@ import (
 // maxText bounds a line: names and data in the kernel may be long.
 const maxText = 4000
 
-// ruleText writes a rule of a table of family inet, given the attributes of its
-// NFT_MSG_NEWRULE message.
-func ruleText(attrs []byte) string { return ruleTextOf(unix.NFPROTO_INET, attrs, nil) }
-
-// ruleTextOf writes a rule of a table of any family. A set without a name of its
-// own is written by its elements, as far as elements gives them.
+// ruleTextOf writes a rule of a table of any family, given the attributes of its
+// NFT_MSG_NEWRULE message. A set without a name of its own is written by its
+// elements, as far as elements gives them.
 func ruleTextOf(family byte, attrs []byte, elements func(set string) []string) string {
 	r := newRuleWords(family)
 	r.elements = elements

@@ -14,9 +14,6 @@ const (
 	nftaSetExpr        = 17
 	nftaSetExprs       = 18
 	nftaObjUserdata    = 8
-	nftaFlowHook       = 3
-	nftaFlowFlags      = 7
-	nftaFlowHookDevs   = 3
 	nftChainOffload    = 1 << 1
 	nftSetExprFlag     = 1 << 8 // NFT_SET_EXPR
 	setCommentUserdata = 7      // NFTNL_UDATA_SET_COMMENT (libnftnl, udata.h)
@@ -345,16 +342,4 @@ func objectText(attrs []byte) string {
 		s += " " + hexText(d)
 	}
 	return cutText(commentText(s, ruleNote(attrOf(attrs, nftaObjUserdata))))
-}
-
-// flowtableText writes what a flowtable is, from its NFT_MSG_NEWFLOWTABLE
-// message.
-func flowtableText(attrs []byte) string {
-	hook := attrOf(attrs, nftaFlowHook)
-	s := fmt.Sprintf("hook %s priority %s%s", hookText(unix.NFPROTO_NETDEV, attrNumber(hook, 1)),
-		priorityText(unix.NFPROTO_NETDEV, 0, int32(attrNumber(hook, 2))), devicesText(hook, nftaFlowHookDevs))
-	if f := attrNumber(attrs, nftaFlowFlags); f != 0 {
-		s += "; flags " + bitsText(flagNames("offload", "counter"), uint64(f))
-	}
-	return cutText(s)
 }

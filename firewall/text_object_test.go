@@ -265,16 +265,6 @@ func TestRuleTextLeavesNothingOut(t *testing.T) {
 	}
 }
 
-// Not every kernel has flowtables.
-func TestFlowtableText(t *testing.T) {
-	hook := attr32(attr32(nil, 1, 0), 2, 5)
-	hook = nest(hook, nftaFlowHookDevs, attrString(attrString(nil, walkDeviceName, "eth0"), walkDeviceName, "eth1"))
-	m := attr32(nest(attrString(nil, nftaFlowName, "quick"), nftaFlowHook, hook), nftaFlowFlags, 3)
-	if got, want := flowtableText(m), `hook ingress priority filter + 5 devices = { "eth0", "eth1" }; flags offload,counter`; got != want {
-		t.Errorf("%s, want %s", got, want)
-	}
-}
-
 // checkLine is what every text holds to, whatever the bytes.
 func checkLine(t *testing.T, what, s string) {
 	t.Helper()
@@ -343,7 +333,7 @@ func FuzzRuleText(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	for i, m := range e.all() {
+	for i, m := range e.small() {
 		if i%7 == 0 {
 			f.Add(m.attrs, byte(unix.NFPROTO_INET))
 		}
@@ -363,7 +353,6 @@ func FuzzRuleText(f *testing.F) {
 		checkLine(t, "element", elementText(b, b, nil))
 		checkLine(t, "element", elementText(b, b, b))
 		checkLine(t, "object", objectText(b))
-		checkLine(t, "flowtable", flowtableText(b))
 		checkLine(t, "table", tableText(b))
 	})
 }

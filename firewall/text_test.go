@@ -495,3 +495,6 @@ func TestRuleTextOfHandMadeRules(t *testing.T) {
 		}
 	})
 }
+
+// ruleText writes a rule of a table of family inet.
+func ruleText(attrs []byte) string { return ruleTextOf(unix.NFPROTO_INET, attrs, nil) }

@@ -1,6 +1,7 @@
 package firewall
 
 import (
+	"net/netip"
 	"slices"
 	"sort"
 	"strings"
@@ -40,9 +41,13 @@ type transaction struct {
 	rewrite  map[string]bool        // chains whose rules are written anew
 	newObj   map[string]bool        // by kind and name
 	delta    map[string]*largeDelta // of large sets that stay
+	bans     map[string]*banDelta   // of sets of bans that stay
 	sets     map[string]*rules.Set  // by name
 	real     map[string]string      // the names of sets in the kernel, afterwards
 }
+
+// banDelta is what changes in a set of bans.
+type banDelta struct{ gone, missing []rules.Ban }
 
 // largeDelta is what changes in a large set.
 type largeDelta struct{ gone, missing []rules.AddrRange }
@@ -140,6 +145,12 @@ func (t *transaction) additions(s *steps) error {
 	}
 	for _, set := range t.want.sets {
 		name := set.set.Name
+		if d := t.bans[name]; d != nil {
+			w := t.writer(set.set, unix.NFT_MSG_NEWSETELEM)
+			w.bans(d.missing, t.want.now)
+			w.flush()
+			s.change = append(s.change, w.out...)
+		}
 		switch d := t.delta[name]; {
 		case t.newSet[name] && set.set.Meter:
 			s.change = append(s.change, encodeSet(t.table, t.real[name], set.set))
@@ -193,7 +204,7 @@ func (t *transaction) plan() {
 // decide decides what stays; inPlace lets large sets change where they are.
 func (t *transaction) decide(inPlace bool) {
 	t.newSet, t.newChain, t.rewrite, t.newObj = map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}
-	t.delta = map[string]*largeDelta{}
+	t.delta, t.bans = map[string]*largeDelta{}, map[string]*banDelta{}
 	for name := range t.sets {
 		t.newSet[name] = !t.keepsSet(name, inPlace)
 	}
@@ -283,17 +294,63 @@ func (t *transaction) keepsSet(name string, inPlace bool) bool {
 		return meterStays(name, t.is, t.wanted)
 	case t.afresh:
 		return false
+	case wanted.bans():
+		return t.keepsBans(name, is, wanted)
 	case wanted.large != nil:
 		return t.keepsLarge(name, is, wanted, inPlace)
 	}
-	return len(diffSets(name, is, wanted)) == 0
+	return len(diffSets(name, is, wanted, t.is.at)) == 0
+}
+
+// keepsBans notes which bans come and go. One that is about to end is left alone: by
+// the time of the transaction it may be gone.
+func (t *transaction) keepsBans(name string, is, wanted *setState) bool {
+	ban := func(e element) rules.Ban {
+		a, _ := netip.AddrFromSlice([]byte(e.key()))
+		return rules.Ban{Addr: a, Expires: e.until}
+	}
+	d := &banDelta{}
+	a, b := is.elements, wanted.elements
+	for len(a) > 0 || len(b) > 0 {
+		order := 0
+		switch {
+		case len(a) == 0:
+			order = 1
+		case len(b) == 0:
+			order = -1
+		default:
+			order = strings.Compare(a[0].key(), b[0].key())
+		}
+		switch {
+		case order < 0:
+			if !a[0].ending(t.is.at) {
+				d.gone = append(d.gone, ban(a[0]))
+			}
+			a = a[1:]
+		case order > 0:
+			d.missing = append(d.missing, ban(b[0]))
+			b = b[1:]
+		default:
+			if !a[0].same(b[0]) {
+				if a[0].ending(t.is.at) {
+					return false
+				}
+				d.gone, d.missing = append(d.gone, ban(a[0])), append(d.missing, ban(b[0]))
+			}
+			a, b = a[1:], b[1:]
+		}
+	}
+	if len(d.gone)+len(d.missing) > 0 {
+		t.bans[name] = d
+	}
+	return true
 }
 
 func (t *transaction) keepsLarge(name string, is, wanted *setState, inPlace bool) bool {
 	if t.spoiled[name] || is.large == nil {
 		return false
 	}
-	if len(diffSets(name, is, wanted)) == 0 {
+	if len(diffSets(name, is, wanted, t.is.at)) == 0 {
 		return true
 	}
 	set := t.sets[name]
@@ -434,6 +491,14 @@ func (t *transaction) removals(now bool) []message {
 	// Maps hold on to the chains they jump to. Other sets go with their elements:
 	// packets of the old generation still find them.
 	for _, name := range sortedKeys(is.sets) {
+		if d := t.bans[name]; now && d != nil {
+			w := t.writer(t.sets[name], unix.NFT_MSG_DELSETELEM)
+			for _, b := range d.gone {
+				w.element(b.Addr.AsSlice(), 0, "", 0)
+			}
+			w.flush()
+			out = append(out, w.out...)
+		}
 		switch d := t.delta[name]; {
 		case goes(name):
 			if is.sets[name].is(unix.NFT_SET_MAP) && !is.sets[name].is(unix.NFT_SET_CONSTANT) {

@@ -151,8 +151,16 @@ func (r *Ruleset) Miss(t *Traffic, p Packet) string {
 		return "except"
 	case !t.From.Any && !r.holds(&t.From, p.Src):
 		return "from"
+	case t.Bans != nil && !lasts(t.Bans, p):
+		return "expires"
 	}
 	return ""
+}
+
+// lasts reports whether the ban of a packet's source has not ended.
+func lasts(bans []Ban, p Packet) bool {
+	k := sort.Search(len(bans), func(i int) bool { return bans[i].Addr.Compare(p.Src) >= 0 })
+	return k < len(bans) && bans[k].Addr == p.Src && (bans[k].Expires.IsZero() || p.At.Before(bans[k].Expires))
 }
 
 // holds reports whether an address is among those written in place or in a set.

@@ -139,6 +139,15 @@ func (c *compiler) ruleChain(g *group, i int) {
 	t := g.traffic[i]
 	name, comment := g.chain(t), g.kind+" "+t.Name
 	ch := Chain{Name: name}
+	if t.Bans != nil {
+		for _, v4 := range []bool{true, false} {
+			s := banSet(name, v4, t.Bans)
+			c.sets = append(c.sets, s)
+			ch.Rules = append(ch.Rules, line(comment, append([]Expr{MatchSet{Field: saddr(v4), Set: s.Name}}, c.verdict(g, i)...)...))
+		}
+		c.chains = append(c.chains, ch)
+		return
+	}
 	miss := func(e ...Expr) {
 		ch.Rules = append(ch.Rules, line(comment, append(e, Verdict{Kind: VerdictReturn})...))
 	}

@@ -76,15 +76,19 @@ func (s *Set) write(b *bufio.Writer, now time.Time) {
 		fmt.Fprintf(b, "\t\ttimeout %ds\n", seconds(s.MeterTimeout))
 	}
 	if left := s.Left(now); s.Len() > 0 && left != 0 {
-		s.writeElements(b, left)
+		s.writeElements(b, now)
 	}
 	fmt.Fprintf(b, "\t}\n")
 }
 
-func (s *Set) writeElements(b *bufio.Writer, left time.Duration) {
+func (s *Set) writeElements(b *bufio.Writer, now time.Time) {
 	fmt.Fprintf(b, "\t\telements = {")
 	sep := " "
 	for i, e := range s.Elements() {
+		left := s.Left(now)
+		if s.Bans != nil {
+			left = s.Bans[i].Left(now)
+		}
 		fmt.Fprint(b, sep, e)
 		if left > 0 {
 			fmt.Fprintf(b, " timeout %ds", seconds(left))
@@ -109,7 +113,7 @@ func (s *Set) flags() []string {
 	if s.Meter {
 		out = append(out, "dynamic")
 	}
-	if s.MeterTimeout > 0 || !s.Until.IsZero() {
+	if s.Timed() {
 		out = append(out, "timeout")
 	}
 	return out
@@ -117,11 +121,20 @@ func (s *Set) flags() []string {
 
 // Left is how long the elements have to live at now: 0 when their time is over,
 // negative when they stay for ever.
-func (s *Set) Left(now time.Time) time.Duration {
-	if s.Until.IsZero() {
+func (s *Set) Left(now time.Time) time.Duration { return leftUntil(s.Until, now) }
+
+// Left is how long a ban has to last at now: 0 when its time is over, negative when
+// it stays for ever.
+func (b *Ban) Left(now time.Time) time.Duration { return leftUntil(b.Expires, now) }
+
+// Timed reports whether elements of the set can vanish by themselves.
+func (s *Set) Timed() bool { return s.MeterTimeout > 0 || !s.Until.IsZero() || s.Bans != nil }
+
+func leftUntil(end, now time.Time) time.Duration {
+	if end.IsZero() {
 		return -1
 	}
-	left := s.Until.Sub(now)
+	left := end.Sub(now)
 	if left > farAway {
 		return -1
 	}
@@ -150,6 +163,9 @@ func (s *Set) Elements() []string {
 			a.Hi = a.Lo // of a prefix the key is its first address
 		}
 		out = append(out, a.String())
+	}
+	for i := range s.Bans {
+		out = append(out, s.Bans[i].Addr.String())
 	}
 	for _, n := range s.Names {
 		out = append(out, nftString(n))

@@ -179,6 +179,15 @@ type Traffic struct {
 	Expires    time.Time // zero: never
 	Log        bool
 	Comment    string
+	// Bans are, of a block made of temporary ones, the addresses of From with the end
+	// of each, ascending; nil of all others.
+	Bans []Ban
+}
+
+// Ban is an address from which nothing gets in for some time.
+type Ban struct {
+	Addr    netip.Addr
+	Expires time.Time // zero: not by itself
 }
 
 // Ports gives the ports of a protocol that the rule names.

@@ -55,7 +55,7 @@ func (t SetType) String() string {
 }
 
 // Set is a named set, or a verdict map when Targets is not nil. Just one of
-// Ports, Addrs, Names and Codes holds its elements, ascending and disjoint; a
+// Ports, Addrs, Bans, Names and Codes holds its elements, ascending and disjoint; a
 // meter has none, the kernel fills it.
 type Set struct {
 	Name     string
@@ -67,6 +67,9 @@ type Set struct {
 	Names    []string // TypeIfname; a * at the end makes a prefix
 	Codes    []uint32 // TypeICMP, TypeICMPv6, TypeFibAddr, TypeProtocol, TypeNfproto
 	Targets  []string // of a verdict map: the chain each element jumps to
+	// Bans are elements of TypeIPv4 or TypeIPv6 of which each vanishes at a time of its
+	// own. Not nil: the set is for such, and they may come and go in place.
+	Bans []Ban
 	// Until is when the elements vanish by themselves; zero: never.
 	Until time.Time
 	// Meter is a set that packets fill, of at most MeterSize sources or, if it is
@@ -105,7 +108,7 @@ type Limit struct {
 
 // Len counts the elements.
 func (s *Set) Len() int {
-	return len(s.Ports) + s.Addrs.Len() + len(s.Names) + len(s.Codes)
+	return len(s.Ports) + s.Addrs.Len() + len(s.Bans) + len(s.Names) + len(s.Codes)
 }
 
 // sizedFrom is the number of elements from which a hash set declares its size.
@@ -119,7 +122,7 @@ func (s *Set) Size() int {
 	if s.Meter {
 		return cmp.Or(s.Most, MeterSize)
 	}
-	if n := s.Len(); !s.Interval && n >= sizedFrom {
+	if n := s.Len(); !s.Interval && s.Bans == nil && n >= sizedFrom {
 		return 1 << bits.Len(uint(n+n/8-1))
 	}
 	return 0

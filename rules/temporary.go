@@ -86,6 +86,61 @@ func (t *Temporary) Same(o *Temporary) bool {
 	return t.Block == o.Block && t.Protocol == o.Protocol && t.Port == o.Port && t.Interface == o.Interface && slices.Equal(t.From, o.From)
 }
 
+// bans is the name of the block that all temporary ones of single addresses are.
+const bans = "tmp-hosts"
+
+// IsBan reports whether a rule blocks a single address: it is then an element beside
+// others of the sets of one block, however many there are.
+func (t *Temporary) IsBan() bool {
+	return t.Block && t.Interface == "" && len(t.From) == 1 && t.From[0].Lo == t.From[0].Hi
+}
+
+// BanSet names the set of the table that holds a ban.
+func (t *Temporary) BanSet() string { return banSetName(t.Chain(), t.From[0].Lo.Is4()) }
+
+func banSetName(chain string, v4 bool) string { return chain + "_from" + familySuffix(v4) }
+
+// banSet makes the set of the bans of a family, which is there also when it is empty:
+// another ban then changes nothing but elements.
+func banSet(chain string, v4 bool, list []Ban) Set {
+	s := Set{Name: banSetName(chain, v4), Type: TypeIPv6, Bans: []Ban{}}
+	if v4 {
+		s.Type = TypeIPv4
+	}
+	for _, b := range list {
+		if b.Addr.Is4() == v4 {
+			s.Bans = append(s.Bans, b)
+		}
+	}
+	return s
+}
+
+// bansOf is the block that bans are: each address once, with its latest end.
+func bansOf(name string, list []Temporary) Block {
+	t := Traffic{Name: name, Any: true, To: Source{Any: true}, Bans: []Ban{}}
+	for i := range list {
+		if x := &list[i]; x.IsBan() {
+			t.Bans = append(t.Bans, Ban{x.From[0].Lo, x.Expires})
+			t.From.Ranges = append(t.From.Ranges, x.From[0])
+		}
+	}
+	slices.SortFunc(t.Bans, func(a, b Ban) int {
+		switch c := a.Addr.Compare(b.Addr); {
+		case c != 0:
+			return c
+		case a.Expires.IsZero() != b.Expires.IsZero():
+			if a.Expires.IsZero() {
+				return -1
+			}
+			return 1
+		}
+		return b.Expires.Compare(a.Expires)
+	})
+	t.Bans = slices.CompactFunc(t.Bans, func(a, b Ban) bool { return a.Addr == b.Addr })
+	t.From.Ranges = mergeAddrs(t.From.Ranges)
+	return Block{t}
+}
+
 // Chain names the chain that the rule has in the table.
 func (t *Temporary) Chain() string {
 	if t.Block {
@@ -149,7 +204,7 @@ func (t *Temporary) word() string {
 
 // With is the policy with temporary rules behind its own; they have no place in a
 // file. A rule without a name, or with one that the policy or another has, gets
-// one: what it gives second are the rules as they are named.
+// one; bans share theirs. What it gives second are the rules as they are named.
 func (p *Policy) With(list []Temporary) (*Policy, []Temporary) {
 	if len(list) == 0 {
 		return p, nil
@@ -164,8 +219,13 @@ func (p *Policy) With(list []Temporary) (*Policy, []Temporary) {
 	out := *p
 	out.Open, out.Block = slices.Clone(p.Open), slices.Clone(p.Block)
 	list = slices.Clone(list)
+	hosts := ""
 	for i := range list {
 		t := &list[i]
+		if t.IsBan() {
+			hosts = bans
+			continue
+		}
 		base := t.word()
 		if t.Name == "" || taken[t.Name] {
 			t.Name = base
@@ -175,10 +235,19 @@ func (p *Policy) With(list []Temporary) (*Policy, []Temporary) {
 		}
 		taken[t.Name] = true
 	}
+	if hosts != "" {
+		for n := 2; taken[hosts]; n++ {
+			hosts = fmt.Sprintf("%s-%d", bans, n)
+		}
+		out.Block = append(out.Block, bansOf(hosts, list))
+	}
 	for i := range list {
-		if t := &list[i]; t.Block {
+		switch t := &list[i]; {
+		case t.IsBan():
+			t.Name = hosts
+		case t.Block:
 			out.Block = append(out.Block, Block{t.traffic()})
-		} else {
+		default:
 			out.Open = append(out.Open, Open{Traffic: t.traffic()})
 		}
 	}

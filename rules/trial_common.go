@@ -147,10 +147,12 @@ func sameRule(a, b Rule) bool { return a.NFT() == b.NFT() }
 
 func sameBase(a, b *Base) bool { return a == nil && b == nil || a != nil && b != nil && *a == *b }
 
+func sameBan(a, b Ban) bool { return a.Addr == b.Addr && a.Expires.Equal(b.Expires) }
+
 // same reports whether both hold the same in the same way.
 func (s *Set) same(o *Set) bool {
 	return s.Type == o.Type && s.Interval == o.Interval && s.Part == o.Part && (s.Targets == nil) == (o.Targets == nil) &&
 		s.Until.Equal(o.Until) && s.Meter == o.Meter && s.MeterTimeout == o.MeterTimeout && s.Size() == o.Size() &&
 		slices.Equal(s.Ports, o.Ports) && slices.Equal(s.Names, o.Names) && slices.Equal(s.Codes, o.Codes) &&
-		slices.Equal(s.Targets, o.Targets) && s.Addrs.Equal(o.Addrs)
+		slices.Equal(s.Targets, o.Targets) && s.Addrs.Equal(o.Addrs) && (s.Bans == nil) == (o.Bans == nil) && slices.EqualFunc(s.Bans, o.Bans, sameBan)
 }

@@ -264,7 +264,9 @@ func (b *Brief) lines(text *strings.Builder) {
 		if f.Odd != "" {
 			odd = " to " + f.Odd
 		}
-		fmt.Fprintf(w, "          %s/%s\t%s\texpected %s%s\t%s%s\tat %s\n", shorten(f.Ports, 60), f.Protocol, f.Observed, f.Expected, rule, f.Reason, odd, f.Address)
+		// Another machine may have written them.
+		fmt.Fprintf(w, "          %s/%s\t%s\texpected %s%s\t%s%s\tat %s\n", visible(shorten(f.Ports, 60)), visible(f.Protocol), f.Observed,
+			visible(f.Expected), rule, visible(f.Reason), visible(odd), visible(f.Address))
 	}
 	w.Flush() // into a strings.Builder: cannot fail
 	if n := len(b.Findings) - mostLines; n > 0 {

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The reasons why [ResolveLink] finds no way for frames to a target.
+// The reasons why resolveLinks finds no way for frames to a target.
 var (
 	// ErrLocalTarget: the target is an address of this machine, so probes would
 	// never leave it.
@@ -32,19 +32,6 @@ const (
 	discardPort    = 9 // RFC 863
 )
 
-// ResolveLink asks the kernel of the calling thread's network namespace how
-// packets to dst leave: over which interface, to which Ethernet address and
-// from which source address. It makes the kernel look for the next hop if
-// nobody did yet, with one UDP datagram to that hop, and waits up to two
-// seconds for it.
-func ResolveLink(dst netip.Addr) (Link, netip.Addr, error) {
-	w := &resolveLinks([]netip.Addr{dst})[0]
-	if w.err != nil {
-		return Link{}, netip.Addr{}, w.err
-	}
-	return w.link, w.src, nil
-}
-
 // wayOut is how packets to an address leave, or why they do not.
 type wayOut struct {
 	link Link
@@ -53,8 +40,10 @@ type wayOut struct {
 	err  error
 }
 
-// resolveLinks is [ResolveLink] for many addresses, whose next hops are all waited
-// for at once.
+// resolveLinks asks the kernel of the calling thread's network namespace how packets
+// to some addresses leave: over which interface, to which Ethernet address and from
+// which source address. It makes the kernel look for the next hops that nobody looked
+// for yet, with one UDP datagram to each, and waits up to two seconds for all at once.
 func resolveLinks(dsts []netip.Addr) []wayOut {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -83,7 +72,7 @@ func (w *wayOut) route(dst netip.Addr) error {
 	return w.by(route, dst)
 }
 
-// resolveLinkFrom is [ResolveLink] for what comes from another address of this machine.
+// resolveLinkFrom is resolveLinks for what comes from another address of this machine.
 func resolveLinkFrom(dst, src netip.Addr) (Link, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()

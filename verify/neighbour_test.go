@@ -67,7 +67,7 @@ func TestResolveLink(t *testing.T) {
 			continue
 		}
 		near.do(func() {
-			l, src, err := ResolveLink(netip.MustParseAddr(c.dst))
+			l, src, err := resolveLink(netip.MustParseAddr(c.dst))
 			if c.want != nil || err != nil {
 				if !errors.Is(err, c.want) {
 					t.Errorf("%s: got %v, want %v", c.dst, err, c.want)
@@ -81,9 +81,15 @@ func TestResolveLink(t *testing.T) {
 	}
 	for _, dst := range []string{"10.9.0.255", "224.0.0.1", "0.0.0.0"} {
 		near.do(func() {
-			if _, _, err := ResolveLink(netip.MustParseAddr(dst)); err == nil {
+			if _, _, err := resolveLink(netip.MustParseAddr(dst)); err == nil {
 				t.Errorf("%s: no error", dst)
 			}
 		})
 	}
+}
+
+// resolveLink is resolveLinks of one address.
+func resolveLink(dst netip.Addr) (Link, netip.Addr, error) {
+	w := resolveLinks([]netip.Addr{dst})[0]
+	return w.link, w.src, w.err
 }

@@ -173,7 +173,7 @@ func (o *odd) unfinished(p *oddProof) bool {
 func hangUp(ours func(addr netip.Addr, port uint16) bool) error {
 	const most = 130 * time.Second // tcp_synack_retries is 5, and each wait twice the one before
 	for until := time.Now().Add(most); ; {
-		left, cannot := 0, false
+		left, again := 0, 10*time.Millisecond // the kernel ends them soon
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 			sockets, err := netlink.SocketDiagTCP(family)
 			if errors.Is(err, unix.ENOENT) {
@@ -190,7 +190,7 @@ func hangUp(ours func(addr netip.Addr, port uint16) bool) error {
 				left++
 				switch err := destroy(x); {
 				case errors.Is(err, unix.EOPNOTSUPP): // CONFIG_INET_DIAG_DESTROY
-					cannot = true
+					again = time.Second // it gives them up by itself
 				case err != nil && !errors.Is(err, unix.ENOENT):
 					return fmt.Errorf("end a connection of a probe: %w", err)
 				}
@@ -201,9 +201,8 @@ func hangUp(ours func(addr netip.Addr, port uint16) bool) error {
 			return nil
 		case time.Now().After(until):
 			return fmt.Errorf("%s of the probes half open", count(left, "connection is", "connections are"))
-		case cannot:
-			time.Sleep(time.Second) // the kernel gives them up by itself
 		}
+		time.Sleep(again)
 	}
 }
 

@@ -407,9 +407,6 @@ func hasIPv6() bool {
 	return err == nil
 }
 
-// HasIPv6 reports whether the kernel of this world knows IPv6.
-func (w *World) HasIPv6() bool { return w.has6 }
-
 // Host runs fn inside the host. It is a [Runner].
 func (w *World) Host(fn func() error) error {
 	if w.host == nil {

@@ -357,7 +357,7 @@ func TestWorldOneFamily(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer w.Close()
-	if w.HasIPv6() {
+	if w.has6 {
 		if _, err := os.Stat("/proc/net/if_inet6"); err != nil {
 			t.Error(err)
 		}

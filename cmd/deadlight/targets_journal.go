@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -161,6 +162,12 @@ func (j *journal) resume(hosts []target, header journalHeader) (map[string]bool,
 	}
 	if !info.Mode().IsRegular() {
 		return nil, notOurs("is no regular file")
+	}
+	// Whoever writes it says which hosts need not be probed any more.
+	if st, ok := info.Sys().(*syscall.Stat_t); !ok || int(st.Uid) != os.Geteuid() {
+		return nil, refused(fmt.Errorf("%s belongs to another user, who could have written verdicts into it", j.name), "name a journal in a directory of your own")
+	} else if info.Mode().Perm()&0o022 != 0 {
+		return nil, refused(fmt.Errorf("others may write %s (mode %04o), and could have written verdicts into it", j.name, info.Mode().Perm()), "remove it, and name one in a directory of your own")
 	}
 	if err := unix.Flock(int(j.f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
 		return nil, refused(fmt.Errorf("another run writes %s", j.name), "wait for it to end")

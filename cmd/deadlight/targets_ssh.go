@@ -112,12 +112,23 @@ type farLines struct {
 	err  error
 }
 
+// longestLine is more than the report of any host takes, whose findings are folded.
+const longestLine = 16 << 20
+
 // Write implements [io.Writer].
 func (l *farLines) Write(p []byte) (int, error) {
+	if l.err != nil {
+		return len(p), nil // until it has stopped
+	}
 	l.rest = append(l.rest, p...)
 	for l.err == nil {
 		line, rest, ok := bytes.Cut(l.rest, []byte("\n"))
-		if !ok {
+		switch {
+		case !ok && len(l.rest) > longestLine:
+			l.err, l.rest = fmt.Errorf("%w: it tells of a host in more than %d MB", verify.ErrVantage, longestLine>>20), nil
+			l.stop()
+			return len(p), nil
+		case !ok:
 			return len(p), nil
 		}
 		if l.err = l.take(line); l.err != nil {
@@ -125,7 +136,7 @@ func (l *farLines) Write(p []byte) (int, error) {
 		}
 		l.rest = rest
 	}
-	return len(p), nil // until it has stopped
+	return len(p), nil
 }
 
 func newFromVantageManyCommand(e env) *cobra.Command {

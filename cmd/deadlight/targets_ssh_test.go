@@ -104,3 +104,18 @@ func TestFarLines(t *testing.T) {
 		}
 	}
 }
+
+// A far side that never ends its line does not fill the memory of this machine.
+func TestFarLineWithoutEnd(t *testing.T) {
+	stopped := 0
+	l := &farLines{stop: func() { stopped++ }, take: func([]byte) error { return errors.New("no line has ended") }}
+	piece := bytes.Repeat([]byte("x"), 1<<20)
+	for range 2*longestLine/len(piece) + 1 {
+		if n, err := l.Write(piece); n != len(piece) || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if stopped != 1 || !errors.Is(l.err, verify.ErrVantage) || len(l.rest) > 0 {
+		t.Errorf("stopped %d times, %v, and %d bytes are kept", stopped, l.err, len(l.rest))
+	}
+}

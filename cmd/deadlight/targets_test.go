@@ -2,6 +2,9 @@ package main
 
 import (
 	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -64,4 +67,41 @@ func FuzzParseTargets(f *testing.F) {
 			seen[h.String()] = true
 		}
 	})
+}
+
+// A journal says which hosts need not be probed any more: nobody else may have
+// written it.
+func TestJournalOfAnother(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "journal")
+	var h journalHeader
+	h.Schema, h.Journal = 1, journalKind
+	begin := func() error {
+		j, _, err := openJournal(name, nil, h)
+		if err != nil {
+			return err
+		}
+		return j.f.Close()
+	}
+	for range 2 { // begun, and gone on with
+		if err := begin(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refusedFor := func(want string) {
+		t.Helper()
+		var x *exitError
+		if err := begin(); !errors.As(err, &x) || x.code != exitRefused || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	if err := os.Chmod(name, 0o622); err != nil {
+		t.Fatal(err)
+	}
+	refusedFor("others may write " + name + " (mode 0622)")
+	if os.Geteuid() == 0 {
+		if err := errors.Join(os.Chmod(name, 0o600), os.Chown(name, 1, 1)); err != nil {
+			t.Fatal(err)
+		}
+		refusedFor(name + " belongs to another user")
+	}
 }

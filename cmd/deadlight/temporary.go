@@ -30,9 +30,13 @@ const (
 	day               = 24 * time.Hour
 )
 
-// mostTemporary are as many rules as packets can be asked for one by one; a list of
-// addresses is looked up at once however long it is.
-const mostTemporary = 256
+// mostTemporary are as many rules as packets can be asked for one by one. Blocks of
+// single addresses are looked up at once, however many there are: mostBans bounds what
+// an attacker who comes from many of them can have written to disk with each.
+const (
+	mostTemporary = 256
+	mostBans      = 65_536
+)
 
 // spanValue is a flag that takes a time like 90s, 2h, 1d or 1d12h.
 type spanValue time.Duration
@@ -155,8 +159,8 @@ func changeTemporary(e env, f temporaryFlags, again string, change func(p *rules
 	if err != nil {
 		return nil, nil, err
 	}
-	if len(list) > mostTemporary {
-		return nil, nil, refused(fmt.Errorf("there are %d temporary rules already: ruleset as before", mostTemporary), "many addresses belong into a [set.*] with files, which a [block.*] names")
+	if err := tooMany(list); err != nil {
+		return nil, nil, err
 	}
 	next := *last
 	p, next.Temporary = firewall.Beside(p, list)
@@ -197,6 +201,24 @@ func changeTemporary(e env, f temporaryFlags, again string, change func(p *rules
 		printf(e.stderr, "deadlight: warning: while this lasts an expectation of the policy does not hold: %s: %s\n", oneLine(u.pos.String()), oneLine(u.text))
 	}
 	return rs, &next, nil
+}
+
+// tooMany refuses more temporary rules than there may be.
+func tooMany(list []firewall.Temporary) error {
+	const hint = "many addresses belong into a [set.*] with files, which a [block.*] names"
+	hosts := 0
+	for i := range list {
+		if list[i].IsBan() {
+			hosts++
+		}
+	}
+	switch {
+	case hosts > mostBans:
+		return refused(fmt.Errorf("%d addresses are blocked already: ruleset as before", mostBans), hint)
+	case len(list)-hosts > mostTemporary:
+		return refused(fmt.Errorf("there are %d temporary rules already that are not blocks of one address: ruleset as before", mostTemporary), hint)
+	}
+	return nil
 }
 
 // newTemporary notes who makes a rule, and when.
@@ -337,6 +359,7 @@ type temporaryJSON struct {
 	Comment   string     `json:"comment,omitempty"`
 
 	what string
+	ban  bool
 }
 
 // temporaries describes the rules of a record that have not ended.
@@ -345,7 +368,7 @@ func temporaries(r *firewall.Record, is *firewall.Snapshot) []temporaryJSON {
 	now := time.Now()
 	for _, t := range firewall.Running(r.Temporary, now) {
 		j := temporaryJSON{
-			Kind: "open", Name: t.Name, From: []string{}, Interface: t.Interface, By: t.By, Begun: t.Begun, Comment: t.Comment, what: t.What(),
+			Kind: "open", Name: t.Name, From: []string{}, Interface: t.Interface, By: t.By, Begun: t.Begun, Comment: t.Comment, what: t.What(), ban: t.IsBan(),
 		}
 		if t.Block {
 			j.Kind = "block"
@@ -388,9 +411,18 @@ func (j *temporaryJSON) text() string {
 
 // printTemporary is the section of deadlight status.
 func printTemporary(w io.Writer, list []temporaryJSON) {
-	title := "temporary"
+	const most = 20 // blocks of single addresses
+	title, bans := "temporary", 0
 	for i := range list {
+		if list[i].ban {
+			if bans++; bans > most && list[i].InForce {
+				continue
+			}
+		}
 		printf(w, "%-9s %s\n", title, oneLine(list[i].text()))
 		title = ""
+	}
+	if bans > most {
+		printf(w, "%-9s %d addresses are blocked in all: deadlight status --json lists each\n", title, bans)
 	}
 }

@@ -330,7 +330,7 @@ func TestTemporaryLockout(t *testing.T) {
 	console("open", "2222", "--from", peer4, "--for", "1h")
 	before := l.table(t)
 	for command, want := range map[string]string{
-		"block " + peer4:               `block "tmp-` + peer4 + `" is temporary: an opening does not win over it`,
+		"block " + peer4:               `block "tmp-hosts" is temporary: an opening does not win over it`,
 		"block 203.0.113.0/24":         `block "tmp-203.0.113.0-24" is temporary`,
 		"close 2222":                   "hint: add \"" + peer4 + "\" to from of [open.ssh]",
 		"block " + peer4 + " --for 1s": "or pass --accept-lockout",
@@ -354,7 +354,7 @@ func TestTemporaryLockout(t *testing.T) {
 		t.Errorf("a block of somebody else: exit %s:\n%s", r.code, r.out)
 	}
 	r = l.ssh(t, host, "%s", "block --accept-lockout "+peer4)
-	if r.code != "0" || !strings.Contains(l.table(t), "block_tmp-"+peer4) {
+	if r.code != "0" || !strings.Contains(l.table(t), "elements = { "+peer4) {
 		t.Errorf("--accept-lockout: exit %s:\n%s", r.code, r.out)
 	}
 }
@@ -396,7 +396,7 @@ func TestTemporaryKill(t *testing.T) {
 		r := h.settled(t) // what the kernel holds is what the state says, and nothing else
 		holds := tableOf(t, h.lab)
 		for _, x := range r.Temporary {
-			if !strings.Contains(holds, x.Chain()) {
+			if !strings.Contains(holds, x.Chain()) || x.IsBan() && !strings.Contains(holds, x.What()) {
 				t.Fatalf("kill %d: the state says %s, and the kernel does not hold it", i, x.What())
 			}
 		}
@@ -477,7 +477,7 @@ func TestTemporaryMost(t *testing.T) {
 				var list []firewall.Temporary
 				for i := range n {
 					a := netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 1})
-					list = append(list, firewall.Temporary{Temporary: rules.Temporary{Block: true, From: []rules.AddrRange{{Lo: a, Hi: a}}}})
+					list = append(list, firewall.Temporary{Temporary: rules.Temporary{Block: true, From: []rules.AddrRange{{Lo: a, Hi: a.Next()}}}})
 				}
 				return list, nil
 			})
@@ -495,9 +495,117 @@ func TestTemporaryMost(t *testing.T) {
 		t.Errorf("one more: %v", err)
 	}
 	begun := time.Now()
-	h.must(t, "unblock", "10.0.0.1")
+	h.must(t, "unblock", "10.0.0.1-10.0.0.2")
 	t.Logf("one less takes %s", time.Since(begun).Round(time.Millisecond))
 	if n := len(h.settled(t).Temporary); n != mostTemporary-1 {
 		t.Errorf("%d rules", n)
 	}
+}
+
+// Ten thousand addresses are blocked by one rule; one more, one less and one for
+// longer are one element, whatever else the table holds. Each ends by itself.
+func TestTemporaryBans(t *testing.T) {
+	h := newTempHost(t)
+	h.must(t, "open", fmt.Sprint(tempPort), "--for", "1h")
+	change := func(n int) error {
+		return h.Host(func() error {
+			e := env{stdin: strings.NewReader(""), stdout: io.Discard, stderr: io.Discard}
+			_, _, err := changeTemporary(e, temporaryFlags{state: &h.state}, "deadlight block", func(_ *rules.Policy, list []firewall.Temporary) ([]firewall.Temporary, error) {
+				end := time.Now().Add(time.Hour).Truncate(time.Millisecond)
+				for i := range n {
+					a := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
+					list = append(list, firewall.Temporary{Temporary: rules.Temporary{Block: true, From: []rules.AddrRange{{Lo: a, Hi: a}}, Expires: end}})
+				}
+				return list, nil
+			})
+			return err
+		})
+	}
+	var x *exitError
+	if err := change(mostBans + 1); !errors.As(err, &x) || x.code != exitRefused {
+		t.Errorf("more than there may be: %v", err)
+	}
+	if err := change(10_000); err != nil {
+		t.Fatal(err)
+	}
+	nft := func(args ...string) string {
+		t.Helper()
+		var out bytes.Buffer
+		if err := h.Command(t.Context(), append([]string{"nft"}, args...), &out, &out); err != nil {
+			t.Fatalf("%v: %s", err, out.Bytes())
+		}
+		return out.String()
+	}
+	const set4 = "block_tmp-hosts_from4"
+	elements := func() string { return nft("list", "set", "inet", "deadlight", set4) }
+	// The handles of chains, rules and sets: what is written anew gets another.
+	handles := func() string {
+		var out []string
+		for _, l := range strings.Split(nft("-a", "-t", "list", "table", "inet", "deadlight"), "\n") {
+			if _, handle, ok := strings.Cut(l, "# handle "); ok {
+				out = append(out, handle)
+			}
+		}
+		return strings.Join(out, " ")
+	}
+	before := handles()
+	begun := time.Now()
+	h.must(t, "block", peer4, "--for", "1h")
+	t.Logf("one more takes %s", time.Since(begun).Round(time.Millisecond))
+	h.must(t, "block", "2001:db8:bad::9")
+	h.must(t, "block", "10.0.0.7", "--for", "3h")
+	h.must(t, "block", "10.0.0.8")
+	h.must(t, "unblock", "10.0.0.9")
+	if after := handles(); after != before {
+		t.Errorf("more than elements was written: %s, before %s", after, before)
+	}
+	h.settled(t)
+	text := elements()
+	if strings.Contains(text, "10.0.0.9 ") || !strings.Contains(text, "10.0.0.7 timeout 2h59m") || strings.Contains(text, "10.0.0.8 timeout") || !strings.Contains(text, peer4+" timeout 59m") {
+		t.Errorf("unexpected elements:\n%.2000s", text)
+	}
+	blocked := func(when string, want bool) {
+		t.Helper()
+		c, err := net.DialTimeout("tcp", netip.AddrPortFrom(h.host4, tempPort).String(), 700*time.Millisecond)
+		if c := errNil(c, err); c != nil {
+			c.Close()
+		}
+		if (err != nil) != want {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	blocked("blocked", true)
+
+	// They survive what replaces the policy, with their ends.
+	ends := func() string {
+		var out []string
+		for _, x := range h.settled(t).Temporary {
+			out = append(out, x.What()+" "+x.Expires.String())
+		}
+		return strings.Join(out, "\n")
+	}
+	was := ends()
+	for _, again := range [][]string{{"apply", h.files[1]}, {"apply", h.files[0], "--confirm", "1h", "--no-wait"}, {"rollback"}, {"apply", "--boot", h.files[0]}} {
+		h.must(t, again...)
+		blocked("after "+again[0], true)
+		if again[0] != "apply" || len(again) == 2 {
+			if now := ends(); now != was {
+				t.Errorf("after %s: other blocks or ends", again[0])
+			}
+		}
+	}
+
+	// Whoever takes one away by hand is told of, and undone by the next change.
+	nft("delete", "element", "inet", "deadlight", set4, "{ "+peer4+" }")
+	var said bytes.Buffer
+	if err := h.Command(t.Context(), []string{"deadlight", "drift", "--state-dir", h.state}, &said, &said); err == nil || !strings.Contains(said.String(), peer4) {
+		t.Errorf("drift: %v\n%s", err, said.Bytes())
+	}
+	h.must(t, "block", peer4, "--for", "3s")
+	if !strings.Contains(elements(), peer4+" timeout 2s") {
+		t.Error("what drift told of is not undone")
+	}
+	await(t, "the end of a block", func() bool { return !strings.Contains(elements(), peer4+" ") })
+	blocked("after its end", false)
+	h.settled(t)
 }

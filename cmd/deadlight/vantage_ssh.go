@@ -111,6 +111,9 @@ func lookFromAfar(ctx context.Context, e env, vantage, file string, from *source
 	if report, err = verify.ReadReport(bytes.NewReader(answer.Report)); err != nil {
 		return nil, nil, refused(fmt.Errorf("%s gave no report: %w", v, err), "")
 	}
+	if isTerminal(e.stdout) {
+		answer.Output = []byte(printable(string(answer.Output))) // another machine shall not steer it
+	}
 	return report, answer.Output, nil
 }
 
