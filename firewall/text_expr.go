@@ -617,15 +617,29 @@ func ctKind(key uint32) (string, kind) {
 	return "", kind{}
 }
 
+// ofDirection reports whether a key exists only in one direction of a flow.
+func ofDirection(key uint32) bool {
+	switch key {
+	case unix.NFT_CT_SRC, unix.NFT_CT_DST, unix.NFT_CT_PROTO_SRC, unix.NFT_CT_PROTO_DST,
+		unix.NFT_CT_SRC_IP, unix.NFT_CT_DST_IP, unix.NFT_CT_SRC_IP6, unix.NFT_CT_DST_IP6:
+		return true
+	}
+	return false
+}
+
 func (r *ruleWords) ct(data []byte) bool {
-	text, k := ctKind(attrNumber(data, unix.NFTA_CT_KEY))
+	key := attrNumber(data, unix.NFTA_CT_KEY)
+	text, k := ctKind(key)
 	if text == "" {
 		return false
 	}
-	if dir := attrOf(data, unix.NFTA_CT_DIRECTION); len(dir) == 1 {
+	switch dir := attrOf(data, unix.NFTA_CT_DIRECTION); {
+	case len(dir) == 1:
 		text = kindOf(kindDirection).text(dir) + " " + text
-	} else if dir != nil {
+	case dir != nil:
 		return false
+	case ofDirection(key):
+		text = "original " + text // the number of which is zero, and left out
 	}
 	text = "ct " + text
 	if sreg := attrOf(data, unix.NFTA_CT_SREG); sreg != nil {

@@ -141,19 +141,22 @@ func ownerOf(name string, known map[string]bool) string {
 }
 
 // lookup reports whether a part of the table only finds the rules that own
-// ports: it changes whenever they do.
+// ports, or serves their limits: it changes whenever they do.
 func lookup(d firewall.Difference) bool {
 	for _, word := range strings.FieldsFunc(d.Name, func(r rune) bool { return strings.ContainsRune(" \"'()@,:{}", r) }) {
+		if slices.Contains([]string{"charge", "charged4", "charged6"}, word) {
+			return true
+		}
 		for _, p := range []string{"tcp", "udp", "sctp", "protocols", "protocol"} {
 			rest, ok := strings.CutPrefix(word, p+"_")
-			if ok && (rest == "listed" || slices.ContainsFunc([]string{"open", "block", "egress"}, func(kind string) bool {
+			if ok && (rest == "listed" || rest == "everybody" || slices.ContainsFunc([]string{"open", "block", "egress"}, func(kind string) bool {
 				return rest == kind || strings.HasPrefix(rest, kind+"_")
 			})) {
 				return true
 			}
 		}
 	}
-	for _, comment := range []string{`("open")`, `("block")`, `("egress")`, `("listed `} {
+	for _, comment := range []string{`("open")`, `("block")`, `("egress")`, `("listed `, `("not for them")`} {
 		if d.Kind == "rule" && strings.Contains(d.Name, comment) {
 			return true
 		}
