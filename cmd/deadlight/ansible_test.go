@@ -74,21 +74,22 @@ pipelining = True
 control_path_dir = %[1]s/cp
 ssh_args = -F none -i %[1]s/id -o ControlMaster=auto -o ControlPersist=60s -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR
 `, s.dir))
-	t.Cleanup(func() {
-		sockets, err := filepath.Glob(s.file("cp/*"))
-		if err != nil {
-			t.Error(err)
-		}
-		for _, socket := range sockets {
-			if out, err := exec.Command("ssh", "-F", "none", "-o", "ControlPath="+socket, "-O", "exit", "none").CombinedOutput(); err != nil {
-				t.Errorf("%v: %s", err, out)
-			}
-		}
-		if t.Failed() {
-			t.Logf("Ansible:\n%s", s.log)
-		}
-	})
+	t.Cleanup(s.hangUp)
 	return s
+}
+
+// hangUp ends the connections that outlive a run of Ansible.
+func (s *site) hangUp() {
+	sockets, err := filepath.Glob(s.file("cp/*"))
+	if err != nil {
+		s.t.Error(err)
+	}
+	for _, socket := range sockets {
+		out, err := exec.Command("ssh", "-F", "none", "-o", "ControlPath="+socket, "-O", "exit", "none").CombinedOutput()
+		if _, gone := os.Stat(socket); err != nil && gone == nil {
+			s.t.Errorf("%v: %s", err, out)
+		}
+	}
 }
 
 func (s *site) file(name string) string { return filepath.Join(s.dir, name) }
@@ -110,6 +111,7 @@ func (s *site) add(name, config, script string, vars map[string]any, answers map
 		vars: vars, answers: answers,
 	}
 	h.vars["ansible_host"], h.vars["ansible_user"] = h.four.String(), "root"
+	h.vars["deadlight_confirm"] = 600 // a slow machine is no reason to go back
 	var err error
 	if h.World, err = verify.NewWorld(verify.WorldConfig{Host4: h.four, Host6: h.six, Links: []string{"eth0"}}); err != nil {
 		s.t.Fatal(err)
@@ -235,11 +237,17 @@ func (s *site) play(playbook string, wantCode int, other map[string]map[string]a
 	cmd.Env = append(os.Environ(), "ANSIBLE_CONFIG="+s.file("ansible.cfg"), "HOME="+s.dir, "LC_ALL=C.UTF-8", "ANSIBLE_NOCOLOR=1")
 	out, err := cmd.CombinedOutput()
 	s.log = string(out)
+	t := s.t
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("%s %q:\n%s", playbook, args, out)
+		}
+	})
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		s.t.Fatal(err)
 	}
-	s.t.Logf("%s %q: %v", playbook, args, time.Since(began))
+	s.t.Logf("%s %q: %v, %v of the processor here", playbook, args, time.Since(began).Round(time.Second/10), (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Round(time.Second/10))
 	if code := cmd.ProcessState.ExitCode(); code != wantCode {
 		s.t.Fatalf("%s: exit %d, want %d", playbook, code, wantCode)
 	}
@@ -300,7 +308,10 @@ func (s *site) look(policies bool) {
 // inForce is what a host holds: its policy and its rules.
 func (s *site) inForce(name string) string {
 	s.t.Helper()
-	return s.on(name, "cat", defaultPolicy) + s.on(name, "nft", "-s", "list", "table", "inet", "deadlight")
+	parts := strings.Split(s.on(name, "nft", "-s", "list", "table", "inet", "deadlight"), "\n\t}\n")
+	parts = slices.DeleteFunc(parts, func(part string) bool { return strings.Contains(part, "\tset knocks") })
+	slices.Sort(parts) // a set that left and came back stands last
+	return s.on(name, "cat", defaultPolicy) + strings.Join(parts, "\n")
 }
 
 // A fleet gets a policy for each host by the role of configs/ansible, keeps only what
@@ -356,8 +367,7 @@ func TestAnsibleFleet(t *testing.T) {
 		}
 	}
 
-	t.Run("what would change", func(t *testing.T) {
-		s.t = t
+	s.run("what would change", func(t *testing.T) {
 		wider := map[string]any{"deadlight_policy": ssh + "[open.other]\nports = 9999\n"}
 		recap := s.play("site.yml", 0, map[string]map[string]any{"web": wider}, "--check", "--diff", "--limit", "web1")
 		if recap["web"]["changed"] == 0 {
@@ -371,15 +381,14 @@ func TestAnsibleFleet(t *testing.T) {
 		s.as(before, "web")
 	})
 
-	t.Run("trouble", func(t *testing.T) {
-		s.t = t
+	s.run("trouble", func(t *testing.T) {
 		const cuts = "version = 1\n[open.ssh]\nports = 22\nfrom = \"192.0.2.1\"\n"
 		s.on("web", "nft", "insert", "rule", "inet", "deadlight", "gate", "tcp", "dport", "9999", "accept")
 		recap := s.play("site.yml", 2, map[string]map[string]any{
 			"mail":     {"deadlight_policy": "version = 1\n[open.ssh]\nports = 80000\n"},
 			"names":    {"deadlight_policy": cuts},
-			"database": {"deadlight_policy": cuts, "deadlight_accept_lockout": true, "deadlight_confirm": 5},
-			"keeps":    {"deadlight_policy": cuts + "[default]\nestablished = \"keep\"\n", "deadlight_accept_lockout": true, "deadlight_confirm": 5},
+			"database": {"deadlight_policy": cuts, "deadlight_accept_lockout": true, "deadlight_confirm": 12},
+			"keeps":    {"deadlight_policy": cuts + "[default]\nestablished = \"keep\"\n", "deadlight_accept_lockout": true, "deadlight_confirm": 12},
 		})
 		for name := range s.hosts {
 			if failed := recap[name]["failed"]; (failed == 0) != (name == "web") {
@@ -389,11 +398,15 @@ func TestAnsibleFleet(t *testing.T) {
 		for _, want := range []string{
 			":3:9: error: ", // the place, of a broken policy
 			"your own SSH session from " + peer4 + " to 22/tcp by eth0 would be cut",
-			"too late: the trial of ",
-			"no new connection got in. It was on trial for 5 s; the host can be reached",
 		} {
 			if !strings.Contains(s.log, want) {
 				t.Errorf("no %q", want)
+			}
+		}
+		for _, name := range []string{"database", "keeps"} {
+			// On a slow machine the trial is over before.
+			if !regexp.MustCompile(`fatal: \[` + name + `1\]: .*(Not kept: no new connection gets in\.|too late: the trial of ).*\(the host can be reached\)`).MatchString(s.log) {
+				t.Errorf("%s is not told why", name)
 			}
 		}
 		if recap["web"]["changed"] == 0 {
@@ -403,17 +416,15 @@ func TestAnsibleFleet(t *testing.T) {
 		s.look(true)
 	})
 
-	t.Run("report", func(t *testing.T) {
-		s.t = t
+	s.run("report", func(t *testing.T) {
 		s.on("database", "nft", "insert", "rule", "inet", "deadlight", "gate", "tcp", "dport", "9999", "accept")
+		s.hangUp()
 		if err := syscall.Kill(s.hosts["mail"].pid, syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
-		for name, h := range s.hosts {
+		for _, h := range s.hosts {
 			h.vars["deadlight_report"] = s.file("report")
-			if name != "web" { // which is probed whole
-				h.vars["deadlight_verify_args"] = []string{"--ports", "1-1000/tcp,8080-8081/tcp,9999/tcp", "--thorough", "0"}
-			}
+			h.vars["deadlight_verify_args"] = []string{"--ports", "1-1000/tcp,8080-8081/tcp,9999/tcp", "--thorough", "0"}
 		}
 		recap := s.play("report.yml", 2, nil)
 		b, err := os.ReadFile(s.file("report.json"))
@@ -470,11 +481,26 @@ func TestAnsibleFleet(t *testing.T) {
 	})
 }
 
+// run is a subtest.
+func (s *site) run(name string, test func(t *testing.T)) {
+	whole := s.t
+	whole.Run(name, func(t *testing.T) {
+		s.t = t
+		defer func() { s.t = whole }()
+		test(t)
+	})
+}
+
 // as awaits that hosts hold what they held.
 func (s *site) as(before map[string]string, names ...string) {
 	s.t.Helper()
 	for _, name := range names {
-		await(s.t, name+" as before", func() bool { return s.inForce(name) == before[name] })
+		for end := time.Now().Add(30 * time.Second); s.inForce(name) != before[name] && time.Now().Before(end); { // until what clears up behind a trial has
+			time.Sleep(100 * time.Millisecond)
+		}
+		if d := cmp.Diff(before[name], s.inForce(name)); d != "" {
+			s.t.Errorf("%s (- before, + now):\n%s", name, d)
+		}
 		if rest := s.on(name, "find", "/etc/deadlight", "-name", "*ansible*", "-o", "-name", "*next*"); rest != "" {
 			s.t.Errorf("%s keeps %s", name, rest)
 		}
