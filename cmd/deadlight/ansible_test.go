@@ -66,7 +66,7 @@ func newSite(t *testing.T) *site {
 inventory = %[1]s/hosts.json
 host_key_checking = False
 forks = 5
-timeout = 3
+timeout = 30
 interpreter_python = /usr/bin/python3
 retry_files_enabled = False
 [ssh_connection]
