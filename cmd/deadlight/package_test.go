@@ -103,8 +103,8 @@ func output(t *testing.T, name string, args ...string) string {
 }
 
 // documentedFiles gives the lines of testdata/package-files.txt for a kind of
-// package, as "MODE NAME", with those of the manual pages; conf: only the files
-// of configuration.
+// package, as "MODE NAME", with those of the manual pages and the examples; conf:
+// only the files of configuration.
 func documentedFiles(t *testing.T, kind string, conf bool) []string {
 	t.Helper()
 	b, err := os.ReadFile("testdata/package-files.txt")
@@ -128,6 +128,17 @@ func documentedFiles(t *testing.T, kind string, conf bool) []string {
 	for _, page := range pages {
 		if !conf {
 			lines = append(lines, fmt.Sprintf("0644 /usr/share/man/man%s/%s.gz", page[len(page)-1:], filepath.Base(page)))
+		}
+	}
+	for _, dir := range []string{"ansible", "ci", "cloud-init", "grafana"} {
+		err := fs.WalkDir(os.DirFS("../../configs"), dir, func(name string, d fs.DirEntry, err error) error {
+			if err == nil && !d.IsDir() && !conf {
+				lines = append(lines, "0644 /usr/share/doc/deadlight/examples/"+name)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
 	}
 	slices.SortFunc(lines, func(a, b string) int { return strings.Compare(a[5:], b[5:]) })
