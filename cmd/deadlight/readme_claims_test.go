@@ -76,3 +76,41 @@ func TestReadmeNumbers(t *testing.T) {
 		}
 	}
 }
+
+// The column of the README that says which commands take root is right: those are
+// refused to a user without rights, and the others are not.
+func TestReadmeRoot(t *testing.T) {
+	program, err := exec.LookPath("deadlight")
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy, err := filepath.Abs("../../configs/minimal.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	arguments := map[string]string{
+		"init": "minimal", "import": "-", "check": policy, "explain": "22 --policy " + policy, "show": policy,
+		"plan": policy, "apply": policy, "audit": policy, "verify": policy, "open": "8443/tcp --for 2h", "close": "22", "block": "203.0.113.9", "unblock": "203.0.113.9",
+	}
+	elsewhere := []string{"edit", "try"} // which has a terminal, and TestTryExamples
+	rows := regexp.MustCompile("(?m)^\\| `deadlight ([a-z]+)[^`]*` \\|.*\\| ([^|]*)\\|$").FindAllStringSubmatch(readme(t), -1)
+	if len(rows) < 20 {
+		t.Fatalf("README.md has a table of %d commands", len(rows))
+	}
+	for _, row := range rows {
+		name, root := row[1], strings.TrimSpace(row[2])
+		if slices.Contains(elsewhere, name) {
+			continue
+		}
+		args := append([]string{"--bounding-set=-all", "--inh-caps=-all", program, name}, strings.Fields(arguments[name])...)
+		cmd := exec.Command("setpriv", args...)
+		out, err := cmd.CombinedOutput()
+		if cmd.ProcessState == nil {
+			t.Fatal(err)
+		}
+		refused := cmd.ProcessState.ExitCode() == exitRefused
+		if refused != (root == "yes") {
+			t.Errorf("deadlight %s %s: root %q, says README.md; without, exit code %d:\n%s", name, arguments[name], root, cmd.ProcessState.ExitCode(), out)
+		}
+	}
+}
