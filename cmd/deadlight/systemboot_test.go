@@ -286,7 +286,7 @@ func newMachine(t *testing.T, words ...string) *machine {
 	for _, d := range []string{"root", "report", "cgroup", "kept"} {
 		m.check(os.Mkdir(filepath.Join(m.dir, d), 0o755))
 	}
-	m.mount("tmpfs", m.path("root"), "tmpfs", "size=640m,nr_inodes=40000,mode=0755")
+	m.mount("tmpfs", m.path("root"), "tmpfs", "size=320m,nr_inodes=16000,mode=0755")
 	m.output("tar", "--numeric-owner", "--xattrs", "-xpf", archive, "-C", m.path("root"))
 	m.mount("cgroup2", m.path("cgroup"), "cgroup2", "")
 	m.cgroup = m.path("cgroup/deadlight-test-" + fmt.Sprint(time.Now().UnixNano()))
