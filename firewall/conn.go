@@ -359,16 +359,7 @@ type Generation struct {
 func (c *Conn) Generation() (Generation, error) {
 	var g Generation
 	err := c.ask(unix.NFT_MSG_GETGEN, 0, unix.AF_UNSPEC, nil, func(r reply) error {
-		for t, v := range attributes(r.attrs) {
-			switch t {
-			case unix.NFTA_GEN_ID:
-				g.ID = be32(v)
-			case unix.NFTA_GEN_PROC_PID:
-				g.PID = be32(v)
-			case unix.NFTA_GEN_PROC_NAME:
-				g.Comm = cString(v)
-			}
-		}
+		g = generation(r.attrs)
 		return nil
 	})
 	if err != nil {

@@ -570,7 +570,9 @@ func (s *State) putBlob(sum string, size int64, data []byte) error {
 
 func (s *State) putIndex(name string, r *Record) error {
 	index := *r
-	index.Temporary = slices.DeleteFunc(slices.Clone(r.Temporary), isBan)
+	if r.Bans != "" {
+		index.Temporary = slices.DeleteFunc(slices.Clone(r.Temporary), isBan)
+	}
 	raw, err := json.Marshal(&index)
 	if err != nil {
 		return s.failed(name, err)

@@ -729,3 +729,68 @@ func TestBanLines(t *testing.T) {
 		}
 	}
 }
+
+// Bans are kept whole beside an index that does not grow with them.
+func TestStateKeepsBans(t *testing.T) {
+	dir := t.TempDir()
+	s := lockedState(t, dir)
+	defer s.Unlock()
+	r := recordOf(t, little)
+	opening := Temporary{Temporary: rules.Temporary{Name: "tmp-80-tcp", Protocol: rules.TCP, Port: 80, Expires: time.Unix(2e9, 0).UTC()}, By: "root"}
+	r.Temporary = []Temporary{opening}
+	for i := range 1000 {
+		a := netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})
+		r.Temporary = append(r.Temporary, Temporary{Temporary: rules.Temporary{Name: "tmp-hosts", Block: true, From: []rules.AddrRange{{Lo: a, Hi: a}}}, By: "root", Begun: time.Unix(1e9, 0).UTC()})
+	}
+	apply(t, s, r, 7)
+	good := func() []Temporary {
+		t.Helper()
+		got, err := s.Good()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got.Temporary
+	}
+	if got := good(); !reflect.DeepEqual(got, r.Temporary) {
+		t.Errorf("%d rules, want %d: %+v", len(got), len(r.Temporary), got[:2])
+	}
+	if st, err := stat(filepath.Join(dir, indexGood)); err != nil || st.Size > 4096 {
+		t.Errorf("the index: %+v, %v", st, err)
+	}
+	blob := filepath.Join(dir, r.Bans+blobEnd)
+	text, err := os.ReadFile(blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, damaged := range [][]byte{nil, text[:len(text)/2]} {
+		if err := os.WriteFile(blob, damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Good(); !errors.Is(err, ErrStateDamaged) {
+			t.Errorf("with %d bytes of bans: %v", len(damaged), err)
+		}
+	}
+	if err := os.Remove(blob); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Good(); !errors.Is(err, ErrStateDamaged) {
+		t.Errorf("without the bans: %v", err)
+	}
+	// An index of an earlier version has all of them in it, also when it is put anew.
+	r.Bans = ""
+	for range 2 {
+		if err := s.putIndex(indexGood, r); err != nil {
+			t.Fatal(err)
+		}
+		if r, err = s.index(indexGood); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := good(); len(got) != 1001 {
+		t.Errorf("of an index of an earlier version: %d rules", len(got))
+	}
+	apply(t, s, recordOf(t, little), 8)
+	if blobs := entries(t, dir, blobEnd); len(blobs) != 2 {
+		t.Errorf("blobs that nothing names stay: %q", blobs)
+	}
+}

@@ -5,7 +5,10 @@
 // leaves a host open because the policy, the state or the disk is broken; stopping
 // it opens nothing. deadlight-watch.service undoes changes by others.
 // deadlight-verify.timer runs deadlight-verify.service, which probes this host from
-// outside. Each may do what its command needs and nothing else.
+// outside. Each may do what its command needs and nothing else; tests hold that
+// against systemd-analyze.
+//
+// It holds files and does nothing.
 package systemd
 
 import (

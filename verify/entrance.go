@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"sync"
 	"time"
 
@@ -94,20 +93,7 @@ func (e *entrance) open(to []hostLink) error {
 
 // outside runs fn in the outside. It is a [Runner].
 func (e *entrance) outside(fn func() error) error {
-	return onThread(func() error {
-		if err := unix.Setns(int(e.ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("enter the outside: %w", err)
-		}
-		runtime.KeepAlive(e.ns)
-		got, err := threadNetNS()
-		if err != nil {
-			return err
-		}
-		if got != e.id {
-			return errors.New("enter the outside: this is another network")
-		}
-		return fn()
-	})
+	return inNetNS(e.ns, e.id, "the outside", fn)
 }
 
 // openDoor makes the i-th veth; it runs in the host. The name is the lock against

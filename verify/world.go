@@ -412,17 +412,22 @@ func (w *World) Host(fn func() error) error {
 	if w.host == nil {
 		return errors.New("throw-away host: closed")
 	}
+	return inNetNS(w.host, w.id, "throw-away host", fn)
+}
+
+// inNetNS runs fn on a thread of its own in a network namespace, and only there.
+func inNetNS(ns *os.File, id nsID, what string, fn func() error) error {
 	return onThread(func() error {
-		if err := unix.Setns(int(w.host.Fd()), unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("enter throw-away host: %w", err)
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter %s: %w", what, err)
 		}
-		runtime.KeepAlive(w.host)
+		runtime.KeepAlive(ns)
 		got, err := threadNetNS()
 		if err != nil {
 			return err
 		}
-		if got != w.id {
-			return errors.New("enter throw-away host: this is another network")
+		if got != id {
+			return fmt.Errorf("enter %s: this is another network", what)
 		}
 		return fn()
 	})

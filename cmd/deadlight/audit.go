@@ -506,16 +506,7 @@ func (a *auditor) candidates(found []listener, runs []uint16) []listener {
 				cuts = append(cuts, r.Hi+1)
 			}
 		}
-		for i := range a.rs.Policy.Open {
-			for _, r := range a.rs.Policy.Open[i].Ports(p) {
-				cut(r)
-			}
-		}
-		for i := range a.rs.Policy.Block {
-			for _, r := range a.rs.Policy.Block[i].Ports(p) {
-				cut(r)
-			}
-		}
+		eachNamed(a.rs.Policy, p, cut)
 		for _, l := range found {
 			if l.Protocol == p {
 				cut(rules.PortRange{Lo: l.Port, Hi: l.Port})

@@ -339,6 +339,20 @@ func family(v4 bool) string {
 	return "ipv6"
 }
 
+// eachNamed hands out the ports of a protocol that openings and blocks name.
+func eachNamed(policy *rules.Policy, p rules.Protocol, fn func(rules.PortRange)) {
+	for i := range policy.Open {
+		for _, r := range policy.Open[i].Ports(p) {
+			fn(r)
+		}
+	}
+	for i := range policy.Block {
+		for _, r := range policy.Block[i].Ports(p) {
+			fn(r)
+		}
+	}
+}
+
 // changedRuns cuts the ports of a protocol where either policy or a listener
 // does, and joins what changes alike.
 func changedRuns(b *portsBefore, will *outlook, p rules.Protocol, found []listener) ([]portJSON, error) {
@@ -346,18 +360,8 @@ func changedRuns(b *portsBefore, will *outlook, p rules.Protocol, found []listen
 	named := map[int]bool{} // first ports of runs that are worth a word
 	note := func(r rules.PortRange) { cuts = append(cuts, int(r.Lo), int(r.Hi)+1) }
 	for _, o := range []*outlook{b.was, will} {
-		if o == nil {
-			continue
-		}
-		for i := range o.rs.Policy.Open {
-			for _, r := range o.rs.Policy.Open[i].Ports(p) {
-				note(r)
-			}
-		}
-		for i := range o.rs.Policy.Block {
-			for _, r := range o.rs.Policy.Block[i].Ports(p) {
-				note(r)
-			}
+		if o != nil {
+			eachNamed(o.rs.Policy, p, note)
 		}
 	}
 	for _, l := range found {

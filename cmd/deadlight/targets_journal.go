@@ -274,6 +274,18 @@ func (j *journal) each(fn func(*verify.Brief) error) error {
 	}
 }
 
+// summary is of all hosts, or none: a host that is missing would pass unseen.
+func (j *journal) summary(hosts int) (*verify.Many, error) {
+	m, err := verify.Summarize(j.each)
+	if err != nil {
+		return nil, err
+	}
+	if n := m.Hosts.Pass + m.Hosts.Fail + m.Hosts.Inconclusive; n != hosts {
+		return nil, fmt.Errorf("read the reports: there are %d, of %d hosts", n, hosts)
+	}
+	return m, nil
+}
+
 // finish removes the journal of a run whose report is printed: the next run must
 // look again.
 func (j *journal) finish() error {

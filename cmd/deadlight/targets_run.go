@@ -70,7 +70,7 @@ func verifyMany(ctx context.Context, e env, policy string, f verifyFlags) (err e
 	if err != nil {
 		return manyError(ctx, e, err, line.hosts, len(hosts), f.resume)
 	}
-	m, err := verify.Summarize(j.each)
+	m, err := j.summary(len(hosts))
 	if err != nil {
 		return refused(err, "")
 	}

@@ -105,3 +105,29 @@ func TestJournalOfAnother(t *testing.T) {
 		refusedFor(name + " belongs to another user")
 	}
 }
+
+// What is missing from the reports does not pass.
+func TestJournalCutShort(t *testing.T) {
+	j, err := temporaryJournal(journalHeader{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.f.Close()
+	one := &verify.Brief{Name: "one", Target: "192.0.2.1", Policy: "p.toml"}
+	if err := j.add(one); err != nil {
+		t.Fatal(err)
+	}
+	first := j.end
+	if err := j.add(&verify.Brief{Name: "two", Target: "192.0.2.2", Policy: "p.toml", Verdict: verify.Fail}); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := j.summary(2); err != nil || m.Verdict != verify.Fail {
+		t.Fatalf("%+v, %v", m, err)
+	}
+	if err := j.f.Truncate(first); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := j.summary(2); err == nil || !strings.Contains(err.Error(), "there are 1, of 2 hosts") {
+		t.Errorf("%+v, %v", m, err)
+	}
+}
