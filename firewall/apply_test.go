@@ -413,7 +413,9 @@ func TestSharedMeter(t *testing.T) {
 	const a, b = "[open.a]\nports = 80\nrate = { limit = \"10/minute\" }\n", "[open.b]\nports = 81\nrate = { limit = \"10/minute\" }\n"
 	inNamespace(t, func(t *testing.T) {
 		c := dial(t)
-		held := func() bool { return strings.Contains(nft(t, "list", "set", "inet", "deadlight", "charged4"), "192.0.2.") }
+		held := func() bool {
+			return strings.Contains(nft(t, "list", "set", "inet", "deadlight", "charged4"), "192.0.2.")
+		}
 		mustApply(t, c, ruleset(t, a+b))
 		nft(t, "add element inet deadlight charged4 { 192.0.2.1 counter }") // as packets do
 		mustApply(t, c, ruleset(t, a))
