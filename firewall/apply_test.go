@@ -407,6 +407,30 @@ func TestChangedLimitEmptiesItsMeter(t *testing.T) {
 	})
 }
 
+// A meter that several rules ask keeps what it has counted when one of them goes, and
+// can be made anew at that moment too.
+func TestSharedMeter(t *testing.T) {
+	const a, b = "[open.a]\nports = 80\nrate = { limit = \"10/minute\" }\n", "[open.b]\nports = 81\nrate = { limit = \"10/minute\" }\n"
+	inNamespace(t, func(t *testing.T) {
+		c := dial(t)
+		held := func() bool {
+			return strings.Contains(nft(t, "list", "set", "inet", "deadlight", "charged4"), "192.0.2.")
+		}
+		mustApply(t, c, ruleset(t, a+b))
+		nft(t, "add element inet deadlight charged4 { 192.0.2.1 counter }") // as packets do
+		mustApply(t, c, ruleset(t, a))
+		if !held() {
+			t.Error("a rule that went emptied the meter")
+		}
+		mustApply(t, c, ruleset(t, a+b))
+		nft(t, "add element inet deadlight charged4 { 192.0.2.2 }")
+		mustApply(t, c, ruleset(t, a))
+		if held() {
+			t.Error("an element put there by hand was left")
+		}
+	})
+}
+
 // However many sources a meter has counted, it is what was applied: only an element
 // with another limit is a difference.
 func TestManySourcesAreNoDrift(t *testing.T) {

@@ -305,26 +305,26 @@ func precedes(a, b element) bool {
 	return a.isEnd() && !b.isEnd()
 }
 
-// users are the different rules that name a set, wherever they stand.
-func (s *Snapshot) users(set string) []string {
+// fillers are the different rules by which packets fill a set, wherever they stand.
+func (s *Snapshot) fillers(set string) []string {
 	var out []string
 	for _, ch := range s.chains {
 		for _, r := range ch.rules {
-			uses([]byte(r), func(name string) {
-				if name == set {
+			for _, e := range expressions(attrOf([]byte(r), unix.NFTA_RULE_EXPRESSIONS)) {
+				if e.name == "dynset" && attrText(e.data, unix.NFTA_DYNSET_SET_NAME) == set {
 					out = append(out, r)
 				}
-			})
+			}
 		}
 	}
 	slices.Sort(out)
 	return slices.Compact(out)
 }
 
-// meterStays reports whether a meter keeps what it has counted: none of its rules
+// meterStays reports whether a meter keeps what it has counted: no rule that fills it
 // changed, though they may have moved, and nobody put elements there. Its elements
 // carry the limit they were made with, so a changed one must begin anew.
 func meterStays(name string, is, wanted *Snapshot) bool {
 	a, b := is.sets[name], wanted.sets[name]
-	return b != nil && a.is(unix.NFT_SET_EVAL) && a.definition == b.definition && len(a.elements) == 0 && slices.Equal(is.users(name), wanted.users(name))
+	return b != nil && a.is(unix.NFT_SET_EVAL) && a.definition == b.definition && len(a.elements) == 0 && slices.Equal(is.fillers(name), wanted.fillers(name))
 }

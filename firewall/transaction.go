@@ -475,7 +475,8 @@ func (t *transaction) removals(now bool) []message {
 		return !ch.anonymous && (!wanted || t.newChain[name]) && now == (ch.base || t.newChain[name])
 	}
 	for _, name := range sortedKeys(is.chains) {
-		if ch := is.chains[name]; !ch.anonymous && len(ch.rules) > 0 && (leaves(name) || now && t.rewrite[name]) {
+		// The rules of a chain that leaves later go now if what they name is made anew.
+		if ch := is.chains[name]; !ch.anonymous && len(ch.rules) > 0 && (leaves(name) || now && (t.rewrite[name] || t.loses(ch.rules))) {
 			del(unix.NFT_MSG_DELRULE, unix.NFTA_RULE_TABLE, unix.NFTA_RULE_CHAIN, name, "the rules of chain")
 		}
 	}
