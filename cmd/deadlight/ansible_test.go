@@ -470,7 +470,7 @@ func TestAnsibleFleet(t *testing.T) {
 			t.Errorf("hosts (- want, + got):\n%s", d)
 		}
 		for _, want := range []string{"  drift: add rule ", "  verify: 9999/tcp of " + s.hosts["database"].four.String() + " is ", "  verify: 8081/tcp of ",
-			" is filtered, expected open\n", "  unreachable: ", "\n5 hosts at ", ": 2 ok, 2 with findings, 1 unknown\n"} {
+			" is filtered, expected open: ", "  unreachable: ", "\n5 hosts at ", ": 2 ok, 2 with findings, 1 unknown\n"} {
 			if !strings.Contains(string(table), want) {
 				t.Errorf("no %q", want)
 			}
