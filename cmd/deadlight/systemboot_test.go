@@ -332,9 +332,10 @@ func (m *machine) has(name string) bool {
 func (m *machine) mount(what, where, kind, options string) {
 	m.Helper()
 	m.check(unix.Mount(what, where, kind, 0, options))
-	m.Cleanup(func() {
+	t := m.T // of those that share the machine
+	t.Cleanup(func() {
 		if err := unix.Unmount(where, unix.MNT_DETACH); err != nil {
-			m.Errorf("unmount %s: %v", where, err)
+			t.Errorf("unmount %s: %v", where, err)
 		}
 	})
 }
