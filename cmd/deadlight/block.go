@@ -28,6 +28,9 @@ With --for the kernel ends it by itself. Without, it lasts until deadlight unblo
 also over deadlight apply, rollback and a reboot. deadlight status shows it, and
 deadlight remove forgets it. No file is changed.
 
+Single addresses are looked up at once: 65,536 of them may be blocked. Networks and
+ranges are asked for one by one: 256, together with what deadlight open has opened.
+
 What blocks your own session is refused.`,
 		Example: "  sudo deadlight block 203.0.113.9 --for 1d\n  sudo deadlight block 2001:db8:bad::/48 --comment ticket-4712",
 		Args:    oneAddress("block"),
