@@ -328,13 +328,13 @@ func TestAnsibleFleet(t *testing.T) {
 	inline := func(policy string) map[string]any {
 		return map[string]any{"deadlight_binary": program, "deadlight_policy": policy}
 	}
-	example := func(kind string) map[string]any {
-		return map[string]any{"deadlight_package": deb, "admins": []string{peer4, peer6},
+	example := func(kind, how, file string) map[string]any {
+		return map[string]any{how: file, "admins": []string{peer4, peer6},
 			"deadlight_policy": "{{ lookup('ansible.builtin.template', 'policies/" + kind + ".toml.j2') }}"}
 	}
 	const ssh = "version = 1\n[open.ssh]\nports = 22\n"
-	s.add("web", "", "", example("web"), map[uint16]string{0: answersSilence, 80: answersOpen, 443: answersOpen})
-	s.add("database", "", "", example("database"), map[uint16]string{0: answersSilence}) // of 5432 the web server is told alone
+	s.add("web", "", "", example("web", "deadlight_package", deb), map[uint16]string{0: answersSilence, 80: answersOpen, 443: answersOpen})
+	s.add("database", "", "", example("database", "deadlight_binary", program), map[uint16]string{0: answersSilence}) // of 5432 the web server is told alone
 	const lists = "mkdir -p /etc/deadlight/lists && echo 198.51.100.0/24 >/etc/deadlight/lists/blocked.txt"
 	s.add("mail", "", lists, inline(ssh+"[open.mail]\nports = [25, 587]\n[set.blocked]\nfiles = \"lists/blocked.txt\"\n[block.blocked]\nfrom = \"@blocked\"\n"),
 		map[uint16]string{0: answersSilence, 25: answersOpen, 587: answersOpen})
