@@ -248,7 +248,7 @@ func setTamperings() []tampering {
 		{name: "map added", edit: "add map " + ours + "extra { type ipv4_addr : verdict; }", want: []named{{"remove", "set", "extra"}}, most: 1},
 		{name: "meter added", edit: "add set " + ours + "extra { type ipv4_addr; size 10; flags dynamic; }", want: []named{{"remove", "set", "extra"}}, most: 1},
 		{name: "another size", copy: swap("set open_limited_conn4 {\n\t\ttype ipv4_addr\n\t\tsize 65536", "set open_limited_conn4 {\n\t\ttype ipv4_addr\n\t\tsize 65537"), want: []named{{"change", "set", "open_limited_conn4"}}},
-		{name: "another timeout", copy: swap("flags dynamic,timeout\n\t\ttimeout 1m", "flags dynamic,timeout\n\t\ttimeout 2m"), want: []named{{"change", "set", "open_limited_rate4"}}},
+		{name: "another timeout", copy: swap("set open_limited_rate4 {\n\t\ttype ipv4_addr\n\t\tsize 65536\n\t\tflags dynamic,timeout\n\t\ttimeout 1m", "set open_limited_rate4 {\n\t\ttype ipv4_addr\n\t\tsize 65536\n\t\tflags dynamic,timeout\n\t\ttimeout 2m"), want: []named{{"change", "set", "open_limited_rate4"}}},
 		{name: "other flags", copy: swap("set set_admins_4 {\n\t\ttype ipv4_addr\n", "set set_admins_4 {\n\t\ttype ipv4_addr\n\t\tflags interval\n"), want: []named{{"change", "set", "set_admins_4"}}},
 		{name: "a timeout for all", copy: swap("set dhcp_if {\n\t\ttype ifname\n", "set dhcp_if {\n\t\ttype ifname\n\t\ttimeout 1h\n"), want: []named{{"change", "set", "dhcp_if"}}},
 		{name: "emptied", edit: "flush set " + ours + "set_bad_4", want: []named{{"add", "element", "set_bad_4"}}, most: 1},
