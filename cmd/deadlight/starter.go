@@ -326,6 +326,18 @@ type scope struct {
 	v4, v6         bool
 }
 
+// everyone is every address of its families.
+func (s scope) everyone() []string {
+	var out []string
+	if s.v4 {
+		out = append(out, "0.0.0.0/0")
+	}
+	if s.v6 {
+		out = append(out, "::/0")
+	}
+	return out
+}
+
 // scopes gives a table's worth each.
 func scopes(v4, v6 reachable) []scope {
 	found := map[[2]string]scope{}

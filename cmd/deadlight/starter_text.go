@@ -106,6 +106,7 @@ func (s *starter) text(tables []*opening, left int) string {
 			o.write(&b, name, ports)
 		}
 	}
+	writeFailsafe(&b, tables)
 	if s.echoClosed() {
 		b.WriteString("\n# A ping is not answered on every interface now.\n[icmp]\necho = false\n")
 	}
@@ -190,17 +191,39 @@ func portsTOML(ranges []rules.PortRange) string {
 	return "[" + strings.Join(out, ", ") + "]"
 }
 
+// quoted writes strings that need no escapes of TOML's own.
+func quoted(list []string) string {
+	var out []string
+	for _, s := range list {
+		out = append(out, strconv.Quote(s))
+	}
+	if len(out) == 1 {
+		return out[0]
+	}
+	return "[" + strings.Join(out, ", ") + "]"
+}
+
+// writeFailsafe lets administrators in where a boot cannot use the policy. It knows no
+// destinations: what is open at one address only is left out.
+func writeFailsafe(b *strings.Builder, tables []*opening) {
+	i := slices.IndexFunc(tables, func(o *opening) bool {
+		return o.owner == "ssh" && o.scope.to == "" && len(o.ports[rules.TCP]) > 0
+	})
+	if i < 0 {
+		return
+	}
+	o := tables[i]
+	fmt.Fprintf(b, "\n# All that gets in where a boot cannot use this policy.\n[failsafe]\nports = %s\n", portsTOML(o.ports[rules.TCP]))
+	if o.scope.interfaces != "" {
+		fmt.Fprintf(b, "interfaces = %s\n", quoted(strings.Fields(o.scope.interfaces)))
+	}
+	if !o.scope.v4 || !o.scope.v6 {
+		fmt.Fprintf(b, "from = %s\n", quoted(o.scope.everyone()))
+	}
+}
+
 // write writes one table.
 func (o *opening) write(b *strings.Builder, name string, l portLine) {
-	quoted := func(list []string) string {
-		for i := range list {
-			list[i] = strconv.Quote(list[i]) // nothing that TOML would write otherwise
-		}
-		if len(list) == 1 {
-			return list[0]
-		}
-		return "[" + strings.Join(list, ", ") + "]"
-	}
 	fmt.Fprintf(b, "[open.%s]\nports = %s\n", name, l.ports)
 	if len(l.protocols) > 0 {
 		fmt.Fprintf(b, "protocol = %s\n", quoted(l.protocols))
@@ -212,14 +235,7 @@ func (o *opening) write(b *strings.Builder, name string, l portLine) {
 		fmt.Fprintf(b, "to = %s\n", quoted(strings.Fields(o.scope.to)))
 	}
 	if o.admin && o.scope.interfaces == "" {
-		var from []string
-		if o.scope.v4 {
-			from = append(from, "0.0.0.0/0")
-		}
-		if o.scope.v6 {
-			from = append(from, "::/0")
-		}
-		fmt.Fprintf(b, "from = %s # everyone, as now: better name who may\n", quoted(from))
+		fmt.Fprintf(b, "from = %s # everyone, as now: better name who may\n", quoted(o.scope.everyone()))
 	}
 	switch {
 	case !o.scope.v6:
