@@ -367,7 +367,7 @@ func TestSince(t *testing.T) {
 	if s, err := shown().Compare(read(old)); err != nil || s.Unlike != "target was 198.51.100.1; proof was host" {
 		t.Errorf("another host: %+v %v", s, err)
 	}
-	for _, bad := range []string{"", "{}", "[]", `{"schema":2,"states":{}}`, `{"schema":1,"verdict":"good","states":{}}`, `{"schema":1,"verdict":"pass"}`,
+	for _, bad := range []string{"", "{}", "[]", `{"schema":2,"states":{}}`, `{"schema":1,"verdict":"good","states":{}}`, `{"schema":1,"states":{"tcp4":{"open":"1"}}}`, `{"schema":1,"verdict":"pass"}`,
 		`{"schema":1,"verdict":"pass","states":{"tcp5":{}}}`, `{"schema":1,"verdict":"pass","states":{"tcp4":{"open":"1-"}}}`,
 		`{"schema":1,"verdict":"pass","states":{"tcp4":{"open":"1","closed":"1-2"}}}`, `{"schema":1,"verdict":"pass","states":{"tcp4":{"open":"70000"}}}`,
 		`{"schema":1,"verdict":"pass","states":{"tcp4":{"open":"9-1"}}}`} {

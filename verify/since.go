@@ -53,6 +53,32 @@ func ReadReport(src io.Reader) (*Report, error) {
 	return &r, nil
 }
 
+// UnmarshalJSON refuses a report without a verdict, which none is to be taken for a pass.
+func (r *Report) UnmarshalJSON(b []byte) error {
+	type plain Report
+	return readJudged(b, (*plain)(r))
+}
+
+// UnmarshalJSON refuses one without a verdict.
+func (b *Brief) UnmarshalJSON(text []byte) error {
+	type plain Brief
+	return readJudged(text, (*plain)(b))
+}
+
+// readJudged reads an object that has a verdict.
+func readJudged(text []byte, into any) error {
+	var judged struct {
+		Verdict *Verdict `json:"verdict"`
+	}
+	if err := json.Unmarshal(text, &judged); err != nil {
+		return err
+	}
+	if judged.Verdict == nil {
+		return errors.New("it has no verdict")
+	}
+	return json.Unmarshal(text, into)
+}
+
 // UnmarshalJSON reads the lower-case word.
 func (s *State) UnmarshalJSON(b []byte) error {
 	var word string

@@ -142,10 +142,18 @@ func beginJournal(name string, header journalHeader) (err error) {
 	}
 	_, err = f.Write(append(line, '\n'))
 	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), name)
+		err = unix.Renameat2(unix.AT_FDCWD, f.Name(), unix.AT_FDCWD, name, unix.RENAME_NOREPLACE)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // not on every file system
+			err = os.Rename(f.Name(), name)
+		}
 	}
 	if err != nil {
 		_ = os.Remove(f.Name()) // the first error is the one to tell
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return nil // another run has begun it meanwhile, and has it locked
+	}
+	if err != nil {
 		return err
 	}
 	return syncDir(dir)

@@ -96,16 +96,20 @@ func lookFromAfar(ctx context.Context, e env, vantage, file string, from *source
 	if len(self) == 0 {
 		return nil, nil, refused(errors.New("this host has no address but local ones"), "")
 	}
-	var said bytes.Buffer
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	said := boundedBuffer{most: longestReport, full: stop}
 	code, err := askVantage(ctx, e, v, file, from, f, self, &said)
 	switch {
+	case said.over:
+		return nil, nil, refused(fmt.Errorf("%s gave no report: it says more than %d MB", v, longestReport>>20), "")
 	case err != nil:
 		return nil, nil, err
-	case said.Len() == 0 && code != exitOK:
+	case said.kept.Len() == 0 && code != exitOK:
 		return nil, nil, silently(code) // the far side has said why
 	}
 	var answer vantageAnswer
-	if err := json.Unmarshal(said.Bytes(), &answer); err != nil {
+	if err := json.Unmarshal(said.kept.Bytes(), &answer); err != nil {
 		return nil, nil, refused(fmt.Errorf("%s gave no report: %w", v, err), "")
 	}
 	if report, err = verify.ReadReport(bytes.NewReader(answer.Report)); err != nil {
@@ -115,6 +119,29 @@ func lookFromAfar(ctx context.Context, e env, vantage, file string, from *source
 		answer.Output = []byte(printable(string(answer.Output))) // another machine shall not steer it
 	}
 	return report, answer.Output, nil
+}
+
+// longestReport is more than a report of every port of four families takes.
+const longestReport = 512 << 20
+
+// boundedBuffer keeps what another machine says, but no more than a report takes.
+type boundedBuffer struct {
+	kept bytes.Buffer
+	most int
+	full func() // called once there is more
+	over bool
+}
+
+// Write implements [io.Writer]. It takes everything, so that the other side can end.
+func (b *boundedBuffer) Write(p []byte) (int, error) {
+	if !b.over && b.kept.Len()+len(p) > b.most {
+		b.over, b.kept = true, bytes.Buffer{}
+		b.full()
+	}
+	if b.over {
+		return len(p), nil
+	}
+	return b.kept.Write(p)
 }
 
 // ownAddresses lists the addresses of this host by which others may reach it.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -272,6 +273,18 @@ func TestVerifyHereOverSSH(t *testing.T) {
 	}
 	if code, _, errs := runCode(verifyArgs("--proof", "host")...); code != exitUsage || !strings.Contains(errs, "--proof is of this host as it looks at itself") {
 		t.Errorf("--proof: exit %d\n%s", code, errs)
+	}
+}
+
+// What another machine says is kept up to a bound, and read to its end all the same.
+func TestBoundedBuffer(t *testing.T) {
+	for size, over := range map[int]bool{0: false, 1 << 16: false, 1<<16 + 1: true, 1 << 20: true} {
+		full := 0
+		b := boundedBuffer{most: 1 << 16, full: func() { full++ }}
+		n, err := io.Copy(&b, strings.NewReader(strings.Repeat("x", size)))
+		if n != int64(size) || err != nil || b.over != over || full != map[bool]int{true: 1}[over] || !over && b.kept.Len() != size || over && b.kept.Len() > 0 {
+			t.Errorf("%d bytes: %d, %v; over %v, told %d times, %d kept", size, n, err, b.over, full, b.kept.Len())
+		}
 	}
 }
 
