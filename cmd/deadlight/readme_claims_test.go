@@ -68,7 +68,8 @@ func TestReadmeNumbers(t *testing.T) {
 	text := strings.Join(strings.Fields(readme(t)), " ")
 	for _, want := range []string{
 		fmt.Sprintf("Sets of more than %d,%03d ranges are not read back whole", rules.LargeSet/1000, rules.LargeSet%1000),
-		fmt.Sprintf("Each temporary block is a rule that every packet meets: at most %d,", mostTemporary),
+		fmt.Sprintf("and temporary openings, are a rule each: %d at most, together. Single addresses are elements of one set, %d,%03d at most",
+			mostTemporary, mostBans/1000, mostBans%1000),
 		fmt.Sprintf("loads %d broken rulesets and dead paths, and a sound one", len(breakages())-1),
 	} {
 		if !strings.Contains(text, want) {
