@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -298,8 +299,8 @@ func (h *engineHost) sees(addr netip.Addr, args ...string) (open, reachable []ui
 // expect looks at the ports that matter, over both families.
 func (h *engineHost) expect(what string, open ...uint16) {
 	h.t.Helper()
-	for _, addr := range []netip.Addr{h.host4, h.host6} {
-		got, reachable := h.sees(addr, "-p", "22,53,80,8053,8080,8081", "--max-retries", "4", "--max-rtt-timeout", "400ms")
+	each([]netip.Addr{h.host4, h.host6}, func(addr netip.Addr) {
+		got, reachable := h.sees(addr, "-p", "22,53,80,8053,8080,8081", "--max-retries", "3", "--max-rtt-timeout", "300ms")
 		if !slices.Equal(got, open) {
 			h.t.Errorf("%s: %s has %d open, want %d", what, addr, got, open)
 		}
@@ -309,7 +310,20 @@ func (h *engineHost) expect(what string, open ...uint16) {
 				h.t.Errorf("%s: unlisted %d/tcp of %s is reachable", what, port, addr)
 			}
 		}
+	})
+}
+
+// each asks about addresses at once: nmap mostly waits.
+func each(addresses []netip.Addr, ask func(netip.Addr)) {
+	var wait sync.WaitGroup
+	for _, addr := range addresses {
+		wait.Add(1)
+		go func() {
+			defer wait.Done()
+			ask(addr)
+		}()
 	}
+	wait.Wait()
 }
 
 func testEngine(t *testing.T, root string, e containerEngine) {
@@ -329,26 +343,26 @@ func testEngine(t *testing.T, root string, e containerEngine) {
 	t.Logf("%s", h.must(e.name+" version"))
 	reaches := func(what string, want bool, command string) {
 		t.Helper()
-		if out, ok := h.do(e.in + " /bin/busybox timeout 4 /bin/busybox " + command); ok != want {
+		if out, ok := h.do(e.in + " /bin/busybox timeout 3 /bin/busybox " + command); ok != want {
 			t.Errorf("%s: %q succeeds %t, want %t\n%s", what, command, ok, want, out)
 		}
 	}
 	direct := func(what string, want ...uint16) {
 		t.Helper()
-		for _, guest := range guests {
-			if open, _ := h.sees(guest, "-p", "80,443,8080", "--max-retries", "4", "--max-rtt-timeout", "400ms"); !slices.Equal(open, want) {
+		each(guests, func(guest netip.Addr) {
+			if open, _ := h.sees(guest, "-p", "80,443,8080", "--max-retries", "3", "--max-rtt-timeout", "300ms"); !slices.Equal(open, want) {
 				t.Errorf("%s: %s by routing: %d open, want %d", what, guest, open, want)
 			}
-		}
+		})
 	}
 	udp := func(what, want string) {
 		t.Helper()
-		for _, addr := range []netip.Addr{h.host4, h.host6} {
+		each([]netip.Addr{h.host4, h.host6}, func(addr netip.Addr) {
 			// Nobody listens behind it: what gets through is refused by the guest.
-			if got := nmap(t, addr, "-sU", "-p", "8053", "--max-retries", "4", "--max-rtt-timeout", "400ms")[8053]; got != want {
+			if got := nmap(t, addr, "-sU", "-p", "8053", "--max-retries", "3", "--max-rtt-timeout", "300ms")[8053]; got != want {
 				t.Errorf("%s: 8053/udp of %s is %s, want %s", what, addr, got, want)
 			}
-		}
+		})
 	}
 
 	// What there is to close.
@@ -390,7 +404,7 @@ func testEngine(t *testing.T, root string, e containerEngine) {
 	h.expect("listed", 8080)
 	direct("listed")
 	udp("listed", "open|filtered")
-	for _, addr := range []netip.Addr{h.host4, h.host6} {
+	each([]netip.Addr{h.host4, h.host6}, func(addr netip.Addr) {
 		open, reachable := h.sees(addr, "-p-", "--min-rate", "20000", "--max-retries", "2")
 		for _, port := range reachable {
 			if port != 8080 {
@@ -398,7 +412,7 @@ func testEngine(t *testing.T, root string, e containerEngine) {
 			}
 		}
 		t.Logf("%s: of 65535 ports nmap reaches %d, open %d", addr, reachable, open)
-	}
+	})
 	reaches("listed: a guest asks the host", false, "nc "+e.gateway+" 22")
 	reaches("listed: hairpin", true, "wget -q -O - http://"+h.host4.String()+":8080/")
 	reaches("listed: hairpin of an unlisted port", false, "wget -q -O - http://"+h.host4.String()+":8081/")
