@@ -317,6 +317,7 @@ func (s *site) inForce(name string) string {
 // A fleet gets a policy for each host by the role of configs/ansible, keeps only what
 // lets Ansible in anew, and reports in one summary.
 func TestAnsibleFleet(t *testing.T) {
+	t.Parallel() // hosts of its own, by addresses of their own
 	if !mayChangeUser(t) {
 		if os.Getenv("CI") != "" {
 			t.Fatal("sshd takes root: .ci/test runs this test so")

@@ -30,6 +30,7 @@ import (
 // It needs root, for the engines make namespaces and mounts of their own, and the
 // archive of .ci/debian-root; -short leaves it out, but not where CI runs.
 func TestEngines(t *testing.T) {
+	t.Parallel() // a host of its own; what it waits for takes no processor
 	if testing.Short() && os.Getenv("CI") == "" {
 		t.Skip("-short")
 	}

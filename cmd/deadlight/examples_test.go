@@ -58,6 +58,7 @@ func ordinary(t *testing.T, cmd *exec.Cmd) {
 
 // Every example passes try by an ordinary user, and one by root.
 func TestTryExamples(t *testing.T) {
+	t.Parallel() // each try is in namespaces of its own
 	dir := public(t)
 	for _, name := range configs.Names() {
 		for _, root := range []bool{true, false} {

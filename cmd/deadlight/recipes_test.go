@@ -55,6 +55,7 @@ func standIns(t *testing.T, scripts map[string]string) (path string) {
 // The examples for continuous integration build the commit that they are told, and
 // let pass a repository of good policies only.
 func TestContinuousIntegration(t *testing.T) {
+	t.Parallel() // each try is in namespaces of its own
 	source := copyTree(t)
 	head := strings.TrimSpace(output(t, "sh", "-ec", `cd "$1"
 git init -q
