@@ -32,8 +32,8 @@ type Knocks struct {
 	Memory  time.Duration // for how long a port or source is remembered that was silent since
 	Ports   []Knock       // most packets first
 	Sources []Knock       // of each port the most packets first
-	// PortsFull and SourcesFull say that there was no room left: from further sources
-	// packets are counted by port alone, at further ports they are not.
+	// PortsFull and SourcesFull say that a list had no room left: what else came is
+	// not in it.
 	PortsFull, SourcesFull bool
 }
 
@@ -63,7 +63,6 @@ func (c *Conn) Knocks(table string) (*Knocks, error) {
 			out.Ports, out.PortsFull = list, len(raw) >= s.Size
 		}
 	}
-	out.Ports = byPort(append(out.Ports, out.Sources...))
 	slices.SortFunc(out.Ports, func(a, b Knock) int {
 		return cmp.Or(cmp.Compare(b.Packets, a.Packets), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol))
 	})
@@ -71,29 +70,6 @@ func (c *Conn) Knocks(table string) (*Knocks, error) {
 		return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol), cmp.Compare(b.Packets, a.Packets), a.Source.Compare(b.Source))
 	})
 	return out, nil
-}
-
-// byPort adds up what came to each port, from whomever.
-func byPort(list []Knock) []Knock {
-	type port struct {
-		protocol rules.Protocol
-		number   uint16
-	}
-	at := map[port]int{}
-	var out []Knock
-	for _, k := range list {
-		key := port{k.Protocol, k.Port}
-		i, ok := at[key]
-		if !ok {
-			i = len(out)
-			at[key], out = i, append(out, Knock{Protocol: k.Protocol, Port: k.Port})
-		}
-		out[i].Packets, out[i].Bytes = out[i].Packets+k.Packets, out[i].Bytes+k.Bytes
-		if k.Last.After(out[i].Last) {
-			out[i].Last = k.Last
-		}
-	}
-	return out
 }
 
 // knockSet reads how long a set remembers, and its elements as they are; 0 when it is

@@ -2,9 +2,9 @@ package rules
 
 import "time"
 
-// What no rule admits is counted by source and port, in sets that forget and that are
-// bounded: whoever floods the host fills them, and what comes from further sources is
-// counted by port alone. They decide nothing: the rules that fill them only go back.
+// What no rule admits is counted by port, and by source and port, in sets that
+// forget and that are bounded: whoever floods the host fills them, and what does not
+// fit is not listed. They decide nothing: the rules that fill them hold no verdict.
 
 // KnockSet is a set that lists what no rule admits. The key of an element is the
 // source, if it lists those, the protocol and the port.
@@ -15,13 +15,12 @@ type KnockSet struct {
 	V6   bool // it lists IPv6 sources
 }
 
-// KnockSets are the sets of every table that counts knocks. A packet is counted in the
-// first that has room.
+// KnockSets are the sets of every table that counts knocks.
 func KnockSets() []KnockSet {
 	return []KnockSet{
+		{Name: "knocks", Size: knockPorts},
 		{Name: "knocks4", Size: knockSources, V4: true},
 		{Name: "knocks6", Size: knockSources, V6: true},
-		{Name: "knocks", Size: knockPorts},
 	}
 }
 
@@ -73,12 +72,7 @@ func (c *compiler) knocked() []Chain {
 			s.Type, key = TypeKnock6, []Field{IP6Saddr, MetaL4proto, THDport}
 		}
 		c.sets = append(c.sets, s)
-		// An update that finds no room ends its rule, and no verdict follows.
-		r := line("count by port and source", Tally{s.Name, key}, Verdict{Kind: VerdictReturn})
-		if !k.V4 && !k.V6 {
-			r = line("count by port", Tally{s.Name, key})
-		}
-		ch.Rules = append(ch.Rules, r)
+		ch.Rules = append(ch.Rules, line("count by port and source", Tally{s.Name, key}))
 	}
 	return []Chain{ch}
 }
