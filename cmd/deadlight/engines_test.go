@@ -134,6 +134,7 @@ mount -t proc proc "$root/proc"
 mount -t sysfs sysfs "$root/sys"
 mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
 mount --rbind /dev "$root/dev"
+mount -t tmpfs tmpfs "$root/dev/shm" # podman leaves its locks there
 # Not chroot: runc enters a guest by the root of the mount namespace.
 mkdir -p old
 pivot_root . old
