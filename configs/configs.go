@@ -4,7 +4,7 @@
 // Every one of them is valid, gives no warning and is tried on a throw-away
 // host by the tests. reference.toml names every key of the language. Beside them
 // stand, tested but not embedded, what packages put into /etc and what other
-// programs read: pipelines, cloud-init and a dashboard.
+// programs read: Ansible, pipelines, cloud-init and Grafana.
 //
 // It holds files and does nothing.
 package configs
