@@ -56,8 +56,8 @@ const (
 	lastOfAll    = 1 << 30
 )
 
-// marks say where packets of a family bear theirs.
-func marks() []struct {
+// markPlaces say where packets of a family bear their mark.
+func markPlaces() []struct {
 	suffix  string
 	nfproto byte
 	offset  uint32
@@ -80,7 +80,7 @@ func (t *Tripwire) composeOdd(from []netip.Addr, of []oddMark) error {
 		return err
 	}
 	for _, place := range []string{oddArrived, oddWhole, oddGate, oddPassed} {
-		for _, m := range marks() {
+		for _, m := range markPlaces() {
 			// Two bytes, as a port has: the library knows no shorter integer.
 			set := &nftables.Set{Table: t.table, Name: place + m.suffix, KeyType: nftables.TypeInetService, Counter: true}
 			if err := t.conn.AddSet(set, nil); err != nil {
@@ -90,7 +90,7 @@ func (t *Tripwire) composeOdd(from []netip.Addr, of []oddMark) error {
 			// of its counter from a reserve that a flood exhausts (mm/percpu.c, GFP_ATOMIC).
 			var elements []nftables.SetElement
 			for _, x := range of {
-				if x.ipv6 == (m.nfproto == unix.NFPROTO_IPV6) && x.tag != 0 {
+				if x.ipv6 == (m.nfproto == unix.NFPROTO_IPV6) {
 					elements = append(elements, nftables.SetElement{Key: binaryutil.BigEndian.PutUint16(x.tag)})
 				}
 			}
@@ -118,7 +118,7 @@ func (t *Tripwire) composeOdd(from []netip.Addr, of []oddMark) error {
 		c := t.chain(base.name, base.hook, base.priority)
 		t.notLoopback(c)
 		t.onlySenders(c, true)
-		for _, m := range marks() {
+		for _, m := range markPlaces() {
 			t.countMarked(c, base.place, m.suffix, m.nfproto, m.offset)
 		}
 	}
@@ -137,7 +137,7 @@ func (t *Tripwire) countMarked(c *nftables.Chain, place, suffix string, nfproto 
 // counts reads what was counted at one place.
 func (w *oddWitness) counts(place string) (oddCounts, error) {
 	out := oddCounts{}
-	for _, m := range marks() {
+	for _, m := range markPlaces() {
 		if err := w.trip.dump.each(place+m.suffix, 2, func(key []byte, packets uint64) {
 			if packets > 0 {
 				out[oddMark{m.nfproto == unix.NFPROTO_IPV6, binary.BigEndian.Uint16(key)}] = packets
