@@ -87,6 +87,22 @@ func TestJournalOfAnother(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// Whoever begins it at the same moment does not take it from the first.
+	before, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := h
+	other.Began = time.Unix(2e9, 0)
+	if err := beginJournal(name, other); err != nil {
+		t.Fatal(err)
+	}
+	if now, err := os.ReadFile(name); err != nil || !bytes.Equal(now, before) {
+		t.Errorf("begun twice: %v, %q, was %q", err, now, before)
+	}
+	if left, err := os.ReadDir(filepath.Dir(name)); err != nil || len(left) != 1 {
+		t.Errorf("%v: %v", err, left)
+	}
 	refusedFor := func(want string) {
 		t.Helper()
 		var x *exitError
